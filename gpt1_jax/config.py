@@ -1,0 +1,481 @@
+"""The typed configuration: frozen pydantic models whose defaults are the paper's GPT-1, and their loader.
+
+A YAML file lists only what differs from the defaults. Source of the defaults: Radford et al. 2018, "Improving
+Language Understanding by Generative Pre-Training", section 4.1, and where the paper is silent the authors'
+fine-tuning code (openai/finetune-transformer-lm).
+"""
+
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import Field, PositiveInt, model_validator
+
+from gpt1_jax.errors import UserError, nearest
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(pydantic.BaseModel):
+    """Base of every section: frozen, strict, finite numbers only, unknown keys refused."""
+
+    model_config = pydantic.ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The transformer (paper, section 4.1: 12 decoder layers, 768 wide, 12 heads, 3072 inner, 512 positions)."""
+
+    vocab_size: PositiveInt = 40478
+    context_length: PositiveInt = 512  # number of learned positions
+    num_layers: PositiveInt = 12
+    embed_dim: PositiveInt = 768
+    num_heads: PositiveInt = 12
+    mlp_dim: PositiveInt = 3072
+    dropout: Fraction = 0.1  # on the embeddings and on each residual branch
+    attention_dropout: Fraction = 0.1  # on the attention probabilities
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; parameters are always float32
+    attention: Literal["xla"] = "xla"
+    scan_layers: bool = False  # one compiled layer in a loop (compiles sooner) instead of num_layers in a row (runs faster)
+    remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
+    loss_chunk: PositiveInt = 1024  # tokens whose logits exist at once
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}; "
+                "choose a width that is a multiple of the number of heads"
+            )
+        return self
+
+
+class PythonDocs(Section):
+    """Documentation strings of the standard library and of the project's run-time dependencies; needs no network."""
+
+    kind: Literal["python_docs"]
+    weight: PositiveFloat = 1.0
+
+
+class Files(Section):
+    """Files matched by globs: .txt .md .jsonl .parquet, plain or .gz .zst .xz, local or remote through fsspec."""
+
+    kind: Literal["files"]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    text_field: str = "text"  # column or key that holds the text in .jsonl and .parquet
+    weight: PositiveFloat = 1.0
+
+
+class Tfds(Section):
+    """A split of a TensorFlow Datasets dataset, read through ``as_data_source`` without TensorFlow."""
+
+    kind: Literal["tfds"]
+    dataset: str  # e.g. "wikipedia/20230601.en", or a folder that holds a built dataset
+    split: str = "train"
+    text_field: str = "text"
+    data_dir: str | None = None
+    weight: PositiveFloat = 1.0
+
+
+class HuggingFace(Section):
+    """A split of a dataset read with the ``datasets`` library (extra: huggingface)."""
+
+    kind: Literal["huggingface"]
+    dataset: str  # a hub name, or a builder such as "json"
+    subset: str | None = None
+    files: tuple[str, ...] = ()  # data files, for a builder such as "json"
+    split: str = "train"
+    text_field: str = "text"
+    weight: PositiveFloat = 1.0
+
+
+# `weight` is how many times as often a source is drawn as its size alone would make it. It acts when batches are
+# drawn, so it never changes the prepared files.
+Source = Annotated[PythonDocs | Files | Tfds | HuggingFace, Field(discriminator="kind")]
+
+
+class CleaningConfig(Section):
+    """What happens to a document before it is kept."""
+
+    fix_unicode: bool = True  # ftfy: mojibake, broken entities (the authors ran ftfy too)
+    standardize: bool = False  # the authors' `text_standardize`: ASCII punctuation, spaces around it, white space
+    deduplicate: bool = True  # drop a document whose text has been seen before, in any source
+    min_chars: PositiveInt = 32
+    max_chars: PositiveInt = 10_000_000
+    on_invalid: Literal["skip", "error"] = "skip"  # undecodable, binary or malformed input: count and go on, or stop
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "CleaningConfig":
+        if self.min_chars > self.max_chars:
+            raise ValueError(
+                f"data.cleaning.min_chars={self.min_chars} is above data.cleaning.max_chars={self.max_chars}"
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    """SentencePiece BPE, trained from a sample of the corpus, or a given model file.
+
+    Deviation: the authors' byte-pair encoding lower-cases and tokenizes with spaCy first; this one is lossless.
+    """
+
+    file: str | None = None  # an existing SentencePiece .model to use instead of training one
+    sample_bytes: PositiveInt = 100_000_000  # text drawn from the training split to train it on
+
+
+class DataConfig(Section):
+    """Where the corpus comes from and how it is prepared.
+
+    Deviation: the paper's BooksCorpus is no longer distributed; the default is the embedded corpus.
+    """
+
+    root: str = "data/prepared"
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (PythonDocs(kind="python_docs"),)
+    cleaning: CleaningConfig = CleaningConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of the documents, chosen by their hash
+    shard_tokens: PositiveInt = 100_000_000  # tokens in one .tokens file
+    workers: PositiveInt | None = None  # processes that clean and encode; null: one for each core
+    prefetch: PositiveInt = 2  # batches held on the devices ahead of the step
+
+
+class TrainConfig(Section):
+    """The length and the batch of the run (paper: 100 epochs, 64 random windows of 512 tokens an update).
+
+    100 epochs over BooksCorpus, about 1.1 billion tokens, are about 3.3 million updates of 32,768 tokens.
+    """
+
+    steps: PositiveInt = 3_300_000
+    batch_size: PositiveInt = 64  # sequences in one update
+    context_length: PositiveInt | None = None  # tokens in a sequence; null: model.context_length
+    accumulation: PositiveInt = 1  # micro-batches summed into one update
+    log_every: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self) -> "TrainConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay (paper, section 4.1; betas, epsilon and clipping from the authors' code)."""
+
+    rule: Literal["adamw", "authors"] = "adamw"
+    learning_rate: PositiveFloat = 2.5e-4  # the peak
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then cosine to 0 at train.steps
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and embeddings, not on biases and gains
+    clip_norm: PositiveFloat = 1.0  # global norm of the gradient
+
+
+class MeshConfig(Section):
+    """Sizes of the mesh axes; one of them may be null and then takes the devices that are left."""
+
+    data: PositiveInt | None = None  # batch split, parameters replicated
+    fsdp: PositiveInt | None = 1  # batch split, parameters split too
+    tensor: PositiveInt | None = 1  # heads, MLP and vocabulary split
+
+    @model_validator(mode="after")
+    def _one_free(self) -> "MeshConfig":
+        free = [f"mesh.{axis}" for axis, size in self if size is None]
+        if len(free) > 1:
+            raise ValueError(f"{' and '.join(free)} are both null; only one axis can take the devices that are left")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is written and which are kept."""
+
+    every: PositiveInt = 1000  # steps; the last step is always saved
+    keep: PositiveInt = 3  # the newest ones kept
+    keep_every: PositiveInt | None = None  # steps; multiples of it are kept for good
+
+
+class EvaluationConfig(Section):
+    """Perplexity on the validation split while training, and how windows overlap."""
+
+    every: PositiveInt = 1000  # steps; the last step is always evaluated
+    batch_size: PositiveInt = 64  # windows
+    stride: PositiveInt | None = None  # tokens between windows; null: the context length, so none overlap
+    max_tokens: PositiveInt | None = None  # tokens of the split used while training; null: all of it
+    prompts: tuple[str, ...] = ("The",)  # sampled at the end of a run, for the report
+    sample_tokens: PositiveInt = 128
+
+
+class LoggingConfig(Section):
+    """What is written about a run beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    progress: Literal["auto", "bar", "plain"] = "auto"  # auto: a bar on a terminal, else plain lines
+    peak_flops: PositiveFloat | None = None  # FLOP/s of one device, for MFU where the device is not known by name
+
+
+class Config(Section):
+    """A whole run. ``name`` is its folder under ``runs_dir``; configuration and ``seed`` fix its result."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "gpt1"
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def context_length(self) -> int:
+        """Tokens in a training sequence."""
+        return self.train.context_length or self.model.context_length
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        problems = []
+        if self.context_length > self.model.context_length:
+            problems.append(
+                f"train.context_length={self.context_length} is longer than the model's positions, "
+                f"model.context_length={self.model.context_length}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            problems.append(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is longer than the run, "
+                f"train.steps={self.train.steps}"
+            )
+        stride = self.evaluation.stride
+        if stride is not None and stride > self.model.context_length:
+            problems.append(
+                f"evaluation.stride={stride} is longer than model.context_length={self.model.context_length}: "
+                "tokens between windows would be left out"
+            )
+        if self.evaluation.sample_tokens >= self.model.context_length:
+            problems.append(
+                f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for a prompt in "
+                f"model.context_length={self.model.context_length}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that :func:`load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with ``3e-4`` a number and only true/false booleans, as in YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+
+# A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
+_Path = tuple[Hashable, ...]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration file and dotted overrides.
+
+    Args:
+        path: YAML file that lists what differs from the defaults.
+        overrides: ``section.key=value`` each, the value in YAML; a later one wins.
+
+    Returns:
+        The validated, frozen configuration.
+
+    Raises:
+        UserError: with every problem of the file and of the overrides in one message.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such configuration file{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As :func:`load_config`, from YAML text; ``source`` names it in messages."""
+    origin: dict[_Path, str] = {}
+    problems: list[str] = []
+    values = _parse_yaml(text, source, origin, problems)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected keys such as 'model:' at the top, found {_shown(values)}")
+    for override in overrides:
+        _apply_override(values, override, origin, problems)
+    try:
+        config = Config.model_validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        problems += _explain(error, values, source, origin)
+    except (TypeError, ValueError) as error:  # a value that JSON cannot hold
+        problems.append(f"{source}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    return nearest(path.name, names) or (f"; {folder} has: {', '.join(sorted(names))}" if names else "")
+
+
+def _parse_yaml(text: str, source: str, origin: dict[_Path, str], problems: list[str]) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _construct(loader, node, (), source, origin, problems)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    finally:
+        loader.dispose()
+
+
+def _construct(
+    loader: _Loader, node: yaml.Node, path: _Path, source: str, origin: dict[_Path, str], problems: list[str]
+) -> Any:
+    """Builds the value of a node, notes the line of every key, and refuses duplicate keys."""
+    where = f"{source}:{node.start_mark.line + 1}" if source != "command line" else source
+    origin.setdefault(path, where)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            line = f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                problems.append(f"{line}: keys are words, found {_shown(key)}")
+            elif key in result:
+                problems.append(f"{line}: {_dotted((*path, key))}: given twice; keep one of them")
+            else:
+                origin[(*path, key)] = line if source != "command line" else source
+                result[key] = _construct(loader, value_node, (*path, key), source, origin, problems)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, n, (*path, i), source, origin, problems) for i, n in enumerate(node.value)]
+    return loader.construct_object(node)
+
+
+def _apply_override(values: dict[str, Any], override: str, origin: dict[_Path, str], problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"command line: '{override}': expected key=value, e.g. train.steps=200")
+        return
+    path = tuple(key.strip().split("."))
+    found: dict[_Path, str] = {}
+    value = _parse_yaml(text, "command line", found, problems)
+    for known in [known for known in origin if known[: len(path)] == path]:
+        del origin[known]
+    origin.update({path + inner: "command line" for inner in found} or {path: "command line"})
+    parent: Any = values
+    for part in path[:-1]:
+        parent = parent.setdefault(part, {})
+        if not isinstance(parent, dict):
+            problems.append(f"command line: {key}: '{part}' is not a section")
+            return
+    parent[path[-1]] = value
+
+
+def _explain(
+    error: pydantic.ValidationError, values: Mapping[str, Any], source: str, origin: Mapping[_Path, str]
+) -> Iterable[str]:
+    """One line a problem: where, key, what, value, and the nearest valid key."""
+    for problem in error.errors():
+        # pydantic adds the tag of a discriminated union to the path; the file has no such level.
+        path = tuple(part for part in problem["loc"] if part not in _SOURCE_KINDS)
+        where = next((origin[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origin), source)
+        value = problem["input"]
+        match problem["type"]:
+            case "extra_forbidden":
+                valid = _valid_keys(path[:-1], values)
+                yield f"{where}: {_dotted(path)}={_shown(value)}: unknown key{_did_you_mean(path, valid)}"
+            case "value_error":
+                for line in str(problem["ctx"]["error"]).splitlines():
+                    yield f"{where}: {line}"
+            case "missing":
+                yield f"{where}: {_dotted(path)}: required, but not given"
+            case _:
+                yield f"{where}: {_dotted(path)}={_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _did_you_mean(path: _Path, valid: Mapping[str, _Path]) -> str:
+    name = str(path[-1])
+    near = nearest(name, valid)
+    if near:
+        return near.replace(f"'{_unquote(near)}'", f"'{_dotted((*path[:-1], _unquote(near)))}'")
+    elsewhere = {key: where for where in _all_keys(Config) for key in [where[-1]]}
+    near = nearest(name, elsewhere)
+    if near:
+        return f"; did you mean '{_dotted(elsewhere[_unquote(near)])}'?"
+    return f"; valid here: {', '.join(valid)}"
+
+
+def _unquote(near: str) -> str:
+    return near.split("'")[1]
+
+
+def _all_keys(section: type[pydantic.BaseModel], prefix: _Path = ()) -> Iterable[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        path = (*prefix, name)
+        yield path
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from _all_keys(field.annotation, path)
+
+
+def _valid_keys(path: _Path, values: Mapping[str, Any]) -> dict[str, _Path]:
+    """The keys of the section at ``path``; for a source, those of its kind."""
+    if path[:2] == ("data", "sources"):
+        kind = values["data"]["sources"][path[2]]["kind"]
+        section: type[pydantic.BaseModel] = _SOURCE_KINDS[kind]
+    else:
+        section = Config
+        for part in path:
+            section = section.model_fields[part].annotation  # type: ignore[assignment,index]
+    return {name: (*path, name) for name in section.model_fields}
+
+
+_SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Files, Tfds, HuggingFace)
+}
+
+
+def _dotted(path: Iterable[Hashable]) -> str:
+    return ".".join(map(str, path))
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

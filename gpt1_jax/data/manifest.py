@@ -1,0 +1,116 @@
+"""The manifest of a prepared corpus: what it was made from, what is in it, and the checksum of every file.
+
+It is written last, so a folder that has one is complete. The files that it describes::
+
+    documents/                the cleaned documents, a TFDS dataset in ArrayRecord files, splits train and validation
+    tokenizer.model           the SentencePiece model
+    train-SS-NNNNN.tokens     tokens of source SS, shard NNNNN: flat, little-endian, uint16 or uint32
+    train-SS-NNNNN.offsets    where each of its documents begins in the shard, and the end of the last: int64
+    validation-SS-NNNNN.*     the same for the validation split
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from gpt1_jax.errors import DamagedError, UserError
+
+MANIFEST = "manifest.json"
+Split = Literal["train", "validation"]
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class FileSum(_Record):
+    """Size in bytes and SHA-256 (hexadecimal) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceCounts(_Record):
+    """What one source gave: documents read, kept, and dropped by reason."""
+
+    name: str
+    read: int
+    kept: int
+    dropped: dict[str, int]
+
+
+class SplitCounts(_Record):
+    """Totals of one split. ``bytes`` is UTF-8 text; ``words`` are separated by white space; ``tokens`` include separators."""
+
+    documents: int
+    bytes: int
+    words: int
+    tokens: int
+
+
+class Shard(_Record):
+    """One file of tokens. Every document in it is followed by the separator token."""
+
+    split: Split
+    source: int  # index into Manifest.sources
+    file: str  # relative to the corpus; its offsets have the suffix .offsets
+    tokens: int
+    documents: int
+    first_document: int  # index of its first document within the split of the TFDS dataset
+
+    @property
+    def offsets_file(self) -> str:
+        """The file with the documents' offsets."""
+        return str(Path(self.file).with_suffix(".offsets"))
+
+
+class Manifest(_Record):
+    """Everything about a prepared corpus that a reader must know."""
+
+    version: Literal[1] = 1
+    name: str
+    fingerprint: str
+    settings: dict[str, Any]  # what the fingerprint covers
+    vocab_size: int
+    separator_id: int
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_fingerprint: str
+    sources: tuple[SourceCounts, ...]
+    splits: dict[Split, SplitCounts]
+    shards: tuple[Shard, ...]  # ordered by split, source and number
+    files: dict[str, FileSum]  # every file of the corpus but the manifest, by relative path
+
+    def shards_of(self, split: Split) -> tuple[Shard, ...]:
+        """The shards of a split, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+
+def read_manifest(corpus: str | Path) -> Manifest:
+    """Reads the manifest of a prepared corpus.
+
+    Raises:
+        UserError: if there is none.
+        DamagedError: if it cannot be parsed.
+    """
+    path = Path(corpus) / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first") from None
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; prepare the corpus again") from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the settings in canonical JSON."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
