@@ -42,7 +42,7 @@ class ModelConfig(Section):
     attention: Literal["xla"] = "xla"
     scan_layers: bool = False  # one compiled layer in a loop (compiles sooner) instead of num_layers in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
-    loss_chunk: PositiveInt = 1024  # tokens whose logits exist at once
+    loss_chunk: PositiveInt = 128  # positions of each sequence whose logits exist at once
 
     @property
     def head_dim(self) -> int:

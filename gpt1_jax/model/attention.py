@@ -1,0 +1,98 @@
+"""Causal multi-head self-attention (paper, section 3.1), and the one function behind which kernels live.
+
+Shapes: B batch, T query position, S key position, D embedding, N heads, H head size.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.dropout import dropout
+from gpt1_jax.model.layers import Linear
+
+_MASKED = -1e30  # finite, so that a row with no key at all is uniform and not NaN
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far, one slot a position."""
+
+    k_BSNH: Float[Array, "B S N H"]
+    v_BSNH: Float[Array, "B S N H"]
+
+
+def dot_product_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNH: Float[Array, "B S N H"],
+    *,
+    mask_BTS: Bool[Array, "B T S"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention: softmax(q k' / sqrt(H)) v.
+
+    Args:
+        q_BTNH: queries.
+        k_BSNH: keys.
+        v_BSNH: values.
+        mask_BTS: which key each query may see; None means causal, query t sees keys 0 to t (then S = T).
+        dropout_rate: probability with which an attention probability is zeroed.
+        dropout_key: random key of that dropout; None switches it off.
+
+    Returns:
+        The attended values, in the dtype of the values. Scores and softmax are float32.
+    """
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    if mask_BTS is None:
+        mask_BTS = jnp.tril(jnp.ones((1, q_BTNH.shape[1], k_BSNH.shape[1]), bool))
+    scale = 1 / math.sqrt(q_BTNH.shape[-1])
+    probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS * scale, _MASKED), axis=-1)
+    probs_BNTS = dropout(probs_BNTS.astype(v_BSNH.dtype), dropout_rate, dropout_key)
+    return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS, v_BSNH)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        self.qkv = Linear({"embed": config.embed_dim}, {"qkv": 3, **heads}, dtype, rngs)
+        self.out = Linear(heads, {"embed": config.embed_dim}, dtype, rngs)
+        self.dropout_rate = config.attention_dropout
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        mask_BTS: Bool[Array, "B T S"] | None = None,
+        cache: KVCache | None = None,
+        slot: Int[Array, ""] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends within ``x_BTD``, or, with a cache, to everything the cache holds too.
+
+        Args:
+            x_BTD: the T new positions.
+            mask_BTS: which keys each query may see; None means causal within ``x_BTD``.
+            cache: keys and values of S slots, of which T are overwritten from ``slot`` on.
+            slot: first slot of the new positions.
+            dropout_key: random key; None switches dropout off.
+
+        Returns:
+            The output, and the updated cache (None if none was given).
+        """
+        qkv_BTCNH = self.qkv(x_BTD)
+        q_BTNH, k_BSNH, v_BSNH = (qkv_BTCNH[:, :, i] for i in range(3))
+        if cache is not None:
+            k_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSNH, k_BSNH, slot, axis=1)
+            v_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSNH, v_BSNH, slot, axis=1)
+            cache = KVCache(k_BSNH, v_BSNH)
+        attended_BTNH = dot_product_attention(
+            q_BTNH, k_BSNH, v_BSNH, mask_BTS=mask_BTS, dropout_rate=self.dropout_rate, dropout_key=dropout_key
+        )
+        return self.out(attended_BTNH), cache

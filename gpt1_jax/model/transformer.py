@@ -1,0 +1,157 @@
+"""GPT-1: the decoder-only transformer of Radford et al. 2018, as an NNX module.
+
+The layers' parameters are stacked, a leading dimension ``layers`` on each, whether the layers run in a compiled loop
+(``model.scan_layers``) or in a row: both forms share one initialisation and one checkpoint.
+
+Shapes: B batch, T query position, S key position, D embedding, L layers, N heads, H head size, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.attention import KVCache
+from gpt1_jax.model.block import Block
+from gpt1_jax.model.embedding import Embedding
+
+Params = dict[str, Any]  # nested dicts of arrays, by module and parameter name
+
+
+class GPT(nnx.Module):
+    """The transformer without an objective: tokens in, hidden states or logits out."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embedding = Embedding(config, dtype, rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype, rngs)
+
+        self.blocks = stacked(rngs)
+        for _, node in nnx.iter_graph(self.blocks):
+            if isinstance(node, nnx.Param):
+                node.set_metadata(axes=("layers", *node.axes))
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "#B T"] | None = None,
+        mask_BTS: Bool[Array, "B T S"] | None = None,
+        cache: KVCache | None = None,
+        slot: Int[Array, ""] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Runs the layers.
+
+        Args:
+            tokens_BT: token ids, int32.
+            positions_BT: position of each token; None means 0 to T - 1.
+            mask_BTS: which keys each query may see; None means causal.
+            cache: keys and values of every layer, [L, B, S, N, H], for decoding; see :func:`empty_cache`.
+            slot: with a cache, the slot of the first of the T tokens.
+            dropout_key: random key; None switches every dropout off.
+
+        Returns:
+            The last layer's hidden states in the compute dtype, and the updated cache (None if none was given).
+        """
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x_BTD = self.embedding(tokens_BT, positions_BT, embedding_key)
+        definition, stack = nnx.split(self.blocks)
+
+        def layer(
+            x_BTD: Array, params: nnx.State, index: Array | int, cache: KVCache | None
+        ) -> tuple[Array, KVCache | None]:
+            key = None if layers_key is None else jax.random.fold_in(layers_key, index)
+            block = nnx.merge(definition, params)
+            return block(x_BTD, mask_BTS=mask_BTS, cache=cache, slot=slot, dropout_key=key)
+
+        if self.config.remat == "full":
+            layer = jax.checkpoint(layer)
+        num_layers = self.config.num_layers
+        if self.config.scan_layers:
+            return jax.lax.scan(lambda x, inputs: layer(x, *inputs), x_BTD, (stack, jnp.arange(num_layers), cache))
+        caches = []
+        for index, (params, layer_cache) in enumerate(_unstack((stack, cache), num_layers)):
+            x_BTD, layer_cache = layer(x_BTD, params, index, layer_cache)
+            caches.append(layer_cache)
+        return x_BTD, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+    def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of the next token, float32: the hidden states times the transposed token table."""
+        table_VD = self.embedding.token_kernel[...].astype(self.dtype)
+        return jnp.einsum("...D,VD->...V", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch_size: int, slots: int) -> KVCache:
+        """A cache of zeros with room for ``slots`` positions, [L, B, S, N, H] in the compute dtype."""
+        shape = (self.config.num_layers, batch_size, slots, self.config.num_heads, self.config.head_dim)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+
+def _unstack(tree: Any, size: int) -> list[Any]:
+    """The ``size`` slices of every leaf along its first dimension.
+
+    ``lax.split`` rather than indexing: its gradient is one concatenation, that of indexing a sum of padded arrays.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    pieces = [[piece[0] for piece in jax.lax.split(leaf, (1,) * size)] for leaf in leaves]
+    return [structure.unflatten([column[i] for column in pieces]) for i in range(size)]
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of the products. The configuration must be resolved: ``auto`` is an error of the code."""
+    assert config.dtype != "auto", "resolve model.dtype before building the model"
+    return jnp.dtype(config.dtype)
+
+
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Draws the initial parameters, float32: N(0, 0.02^2), biases 0, gains 1 (paper, section 4.1)."""
+    model = GPT(config, compute_dtype(config), nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def bind(config: ModelConfig, params: Params) -> GPT:
+    """The module with the given parameters, inside or outside of a traced function."""
+    definition, _ = nnx.split(_abstract(config))
+    return nnx.merge(definition, params)
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axis names of every parameter, a tuple for each, in the structure of the parameters."""
+    state = nnx.state(_abstract(config), nnx.Param)
+    axes = jax.tree.map(lambda p: p.axes, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.to_pure_dict(axes)
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters; nothing is allocated."""
+    return nnx.to_pure_dict(nnx.state(_abstract(config), nnx.Param))
+
+
+def _abstract(config: ModelConfig) -> GPT:
+    return nnx.eval_shape(lambda: GPT(config, compute_dtype(config), nnx.Rngs(params=0)))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """How many numbers the model learns."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> int:
+    """Model FLOPs of one training token, forward and backward, without recomputation.
+
+    Six for each weight of a matrix product (the output projection among them, the embedding look-ups not), and
+    12 L D T for the scores and the attended values (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    per_layer = 4 * config.embed_dim**2 + 2 * config.embed_dim * config.mlp_dim
+    matrices = config.num_layers * per_layer + config.vocab_size * config.embed_dim
+    return 6 * matrices + 12 * config.num_layers * config.embed_dim * context_length
