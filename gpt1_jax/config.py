@@ -283,13 +283,14 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with ``3e-4`` a number and only true/false booleans, as in YAML 1.2."""
+    """The safe loader with the numbers and booleans of YAML 1.2: ``3e-4`` is a number, ``no`` and ``1:30`` are words."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    first: [(tag, p) for tag, p in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),

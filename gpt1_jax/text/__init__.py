@@ -1,0 +1,1 @@
+"""Text: sources, cleaning, and the tokenizer."""

@@ -1,0 +1,47 @@
+# Everything runs in the project's own .venv, made from the pins in constraints.txt.
+PYTHON ?= python3
+CONFIG ?= configs/tiny.yaml
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## make .venv with the pinned run-time dependencies
+
+train: .venv/.installed ## prepare the embedded corpus, train a small GPT-1 on it, evaluate, sample (CONFIG=FILE for another)
+	@$(BIN)/gpt1 train $(CONFIG)
+
+test: .venv/.installed-test ## run the tests
+	@$(BIN)/python -m pytest
+
+check: .venv/.installed-check ## lint, format, types, and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyrefly check
+	@$(BIN)/lint-imports
+
+bench: .venv/.installed-bench ## measure tokenizer, loader and train step beside their peers
+	@for script in tokenize loader train_step; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean: ## remove .venv and caches; runs and prepared corpora stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python setup.cfg pyproject.toml constraints.txt
+	@echo "installing the pinned dependencies into .venv (a minute or two, once)"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-%: .venv/.installed
+	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+.PRECIOUS: .venv/.installed-%

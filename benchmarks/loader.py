@@ -1,0 +1,247 @@
+"""Speed, latency and memory of the loader beside Grain's, over the same file of tokens, in one run.
+
+    python benchmarks/loader.py [--tokens N] [--seconds S] [--out FILE.json]
+
+Both loaders shuffle all windows of the file, batch them and put them on the first device; the file is in the page
+cache. Each runs in a process of its own, with a small corpus and with the full one, so that growth of memory with the
+corpus shows. Grain gets a memory-mapped random-access source and a batch function of one NumPy call, and the fastest of
+several numbers of worker processes and read threads stands for it. What is measured:
+
+    tokens/s       of batches on the device, over the given seconds after the first batches
+    first batch    seconds from opening the corpus (imports done) to the first batch on the device
+    RSS growth     most resident memory of the process and its workers, less that before the corpus was opened; MB
+    private        the same without mapped files, which the system can take back
+
+Needs the extra ``bench``: pip install 'gpt1-jax[bench]'.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+
+from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.loader import Batches
+from gpt1_jax.data.manifest import MANIFEST, Manifest, Shard, SourceCounts, SplitCounts
+from gpt1_jax.data.windows import RandomWindows
+
+SHARD = "train-00-00000.tokens"
+SMALL = 10  # the small corpus is this many times smaller
+OURS = "gpt1_jax"
+GRAIN = [f"grain workers={workers} threads={threads}" for workers in (0, 2) for threads in (0, 1, 16)]
+
+
+def write_corpus(folder: Path, tokens: int, vocab_size: int = 40_478) -> None:
+    """Writes a prepared corpus of random tokens in one shard."""
+    random = np.random.default_rng(0)
+    with open(folder / SHARD, "wb") as file:
+        for begin in range(0, tokens, 10_000_000):
+            block = random.integers(0, vocab_size, min(10_000_000, tokens - begin), dtype=np.uint16)
+            block.astype("<u2", copy=False).tofile(file)
+    manifest = Manifest(
+        name="benchmark",
+        fingerprint="0" * 16,
+        settings={},
+        vocab_size=vocab_size,
+        separator_id=0,
+        dtype="uint16",
+        tokenizer_fingerprint="0" * 16,
+        sources=(SourceCounts(name="random", read=1, kept=1, dropped={}),),
+        splits={"train": SplitCounts(documents=1, bytes=0, words=0, tokens=tokens)},
+        shards=(Shard(split="train", source=0, file=SHARD, tokens=tokens, documents=1, first_document=0),),
+        files={},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+
+
+def our_batches(folder: Path, batch_size: int, context_length: int) -> Iterator[jax.Array]:
+    """The project's loader."""
+    windows = RandomWindows(Corpus(folder), context_length, seed=0)
+    with Batches(windows, batch_size, jax.sharding.SingleDeviceSharding(jax.devices()[0])) as batches:
+        for _, batch in batches:
+            yield batch
+
+
+class MappedWindows:
+    """Random-access source for Grain: windows of a memory-mapped file, opened in the process that reads."""
+
+    def __init__(self, file: Path, context_length: int):
+        self._file = file
+        self._context_length = context_length
+        self._length = (file.stat().st_size // 2 - 1) // context_length
+        self._tokens: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tokens": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._tokens is None:
+            self._tokens = np.asarray(np.memmap(self._file, "<u2", mode="r"))
+        start = int(index) * self._context_length
+        return self._tokens[start : start + self._context_length + 1]
+
+
+def import_grain():
+    """Grain, or a message that says how to get it."""
+    try:
+        import grain
+        from absl import flags
+    except ImportError:
+        raise SystemExit("Grain, the peer of this benchmark, is missing: pip install 'gpt1-jax[bench]'") from None
+    flags.FLAGS.mark_as_parsed()  # its worker processes refuse to start otherwise
+    return grain
+
+
+def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack(rows, dtype=np.int32)
+
+
+def grain_batches(
+    folder: Path, batch_size: int, context_length: int, workers: int, threads: int
+) -> Iterator[jax.Array]:
+    """Grain's: source, global shuffle, batch; worker processes and read threads as given."""
+    grain = import_grain()
+    source = MappedWindows(folder / SHARD, context_length)
+    data = grain.MapDataset.source(source).shuffle(seed=0).repeat().batch(batch_size, batch_fn=_stack)
+    data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
+    for batch in data:
+        yield jax.device_put(batch)
+
+
+def memory() -> tuple[int, int]:
+    """Resident and private bytes of this process and its children."""
+    process = psutil.Process()
+    infos = [p.memory_info() for p in (process, *process.children(recursive=True))]
+    return sum(i.rss for i in infos), sum(i.rss - getattr(i, "shared", 0) for i in infos)
+
+
+def measure(batches: Callable[[], Iterator[jax.Array]], seconds: float) -> dict[str, float]:
+    """Takes batches for ``seconds`` and returns the figures."""
+    jax.block_until_ready(jax.device_put(np.zeros((64, 513), np.int32)))  # the device is up before the clock starts
+    before = most = memory()
+    begin = time.perf_counter()
+    iterator = batches()
+    batch = jax.block_until_ready(next(iterator))
+    first = time.perf_counter() - begin
+    for _ in range(20):
+        jax.block_until_ready(next(iterator))
+    done, elapsed = 0, 0.0
+    while elapsed < seconds:
+        begin = time.perf_counter()
+        for _ in range(200):
+            jax.block_until_ready(next(iterator))
+        elapsed += time.perf_counter() - begin
+        done += 200
+        most = tuple(map(max, most, memory()))  # the clock stands still meanwhile
+    return {
+        "tokens_per_second": done * batch.shape[0] * (batch.shape[1] - 1) / elapsed,
+        "first_batch_seconds": first,
+        "rss_growth_mb": (most[0] - before[0]) / 1e6,
+        "private_growth_mb": (most[1] - before[1]) / 1e6,
+    }
+
+
+def run_one(name: str, folder: Path, batch_size: int, context_length: int, seconds: float) -> dict[str, float]:
+    """Measures one loader in this process."""
+    if name == OURS:
+        return measure(lambda: our_batches(folder, batch_size, context_length), seconds)
+    import_grain()
+    workers, threads = (int(part.partition("=")[2]) for part in name.split()[1:])
+    return measure(lambda: grain_batches(folder, batch_size, context_length, workers, threads), seconds)
+
+
+def run_apart(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Measures one loader in a process of its own, with the file in the page cache."""
+    with open(folder / SHARD, "rb") as file:
+        while file.read(1 << 24):
+            pass
+    options = {"batch-size": arguments.batch_size, "context-length": arguments.context_length}
+    options |= {"seconds": arguments.seconds, "only": name, "folder": folder}
+    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """Runs every loader on the full corpus, and ours and Grain's fastest on the small one."""
+    import_grain()
+    results = []
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        corpora = {count: Path(folder) / str(count) for count in (arguments.tokens, arguments.tokens // SMALL)}
+        for count, corpus in corpora.items():
+            corpus.mkdir()
+            write_corpus(corpus, count)
+
+        def add(name: str, count: int) -> dict:
+            results.append({"loader": name, "corpus_tokens": count, **run_apart(name, corpora[count], arguments)})
+            print(f"measured {name} on {count:,} tokens", file=sys.stderr)
+            return results[-1]
+
+        add(OURS, arguments.tokens)
+        best = max((add(name, arguments.tokens) for name in GRAIN), key=lambda row: row["tokens_per_second"])
+        add(OURS, arguments.tokens // SMALL)
+        add(best["loader"], arguments.tokens // SMALL)
+    return {
+        "batch_size": arguments.batch_size,
+        "context_length": arguments.context_length,
+        "cores": psutil.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "grain": import_grain().__version__,
+        "device": jax.devices()[0].device_kind,
+        "grain_best": best["loader"],
+        "speedup": results[0]["tokens_per_second"] / best["tokens_per_second"],
+        "results": results,
+    }
+
+
+def print_table(report: dict) -> None:
+    """Prints the results for people."""
+    print(f"{'loader':<28}{'corpus tokens':>15}{'M tokens/s':>12}{'first batch s':>15}{'RSS MB':>9}{'private MB':>12}")
+    for row in report["results"]:
+        print(
+            f"{row['loader']:<28}{row['corpus_tokens']:>15,}{row['tokens_per_second'] / 1e6:>12.1f}"
+            f"{row['first_batch_seconds']:>15.3f}{row['rss_growth_mb']:>9.0f}{row['private_growth_mb']:>12.0f}"
+        )
+    print(f"{report['speedup']:.1f} times Grain's best ({report['grain_best']}); {report['cores']} cores")
+
+
+def main() -> None:
+    """Reads the command line, measures, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=500_000_000, help="tokens in the corpus (2 bytes each)")
+    parser.add_argument("--batch-size", type=int, default=64, help="windows in a batch")
+    parser.add_argument("--context-length", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--seconds", type=float, default=4.0, help="to measure each loader for")
+    parser.add_argument("--dir", help="where to write the temporary corpora")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one loader, in this process
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # its corpus
+    arguments = parser.parse_args()
+    if arguments.only:
+        settings = arguments.batch_size, arguments.context_length, arguments.seconds
+        print(json.dumps(run_one(arguments.only, arguments.folder, *settings)))
+        return
+    report = compare(arguments)
+    print_table(report)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

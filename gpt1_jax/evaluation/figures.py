@@ -1,0 +1,172 @@
+"""The figures of an evaluation: perplexity per token and per word, bits per byte, and what xz needs for the same text."""
+
+import lzma
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt1_jax.errors import UserError
+from gpt1_jax.evaluation.perplexity import Evaluator, Score, Tokens
+from gpt1_jax.model.transformer import Params
+from gpt1_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What ``gpt1 evaluate`` reports; the fields are the keys of its JSON, in their order.
+
+    The separators between documents are among the tokens, and their cost among the nats, so that the model is charged
+    for saying where a document ends; they are not among the bytes and words, which are those of the text alone.
+
+    Attributes:
+        split: ``train``, ``validation``, or ``text`` for files.
+        documents: how many.
+        tokens: predicted, each once, separators included.
+        words: of the text, as white space separates them.
+        bytes: of the text in UTF-8.
+        nats: the sum over the tokens.
+        perplexity: exp(nats / tokens); None where that is beyond a float.
+        word_perplexity: exp(nats / words); None where there are no words.
+        bits_per_byte: nats / ln 2 / bytes.
+        xz_bits_per_byte: the same of xz at its strongest preset, 9, over all documents joined.
+    """
+
+    split: str
+    documents: int
+    tokens: int
+    words: int
+    bytes: int
+    nats: float
+    perplexity: float | None
+    word_perplexity: float | None
+    bits_per_byte: float
+    xz_bits_per_byte: float
+
+
+def validation_metrics(score: Score, bytes_per_token: float) -> dict[str, float | None]:
+    """What metrics.jsonl keeps of an evaluation while training.
+
+    Args:
+        score: of the validation split, or of its beginning.
+        bytes_per_token: of the whole split.
+
+    Returns:
+        ``validation_loss`` in nats/token, ``validation_perplexity`` and ``validation_bits_per_byte``.
+    """
+    return {
+        "validation_loss": score.nats_per_token,
+        "validation_perplexity": _exp(score.nats_per_token),
+        "validation_bits_per_byte": score.nats_per_token / math.log(2) / bytes_per_token,
+    }
+
+
+class TextCounts:
+    """Counts the documents that pass through, and what xz makes of them, in bounded memory."""
+
+    def __init__(self):
+        self.documents = self.words = self.bytes = 0
+        self._compressor = lzma.LZMACompressor(preset=9)
+        self._compressed = 0
+
+    def count(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yields the texts, counted."""
+        for text in texts:
+            data = text.encode()
+            self.documents += 1
+            self.words += len(text.split())
+            self.bytes += len(data)
+            self._compressed += len(self._compressor.compress(data))
+            yield text
+
+    def figures(self, split: str, score: Score) -> Figures:
+        """Joins the counts with the score of the same documents; to be called once, at their end."""
+        compressed = self._compressed + len(self._compressor.flush())
+        return Figures(
+            split=split,
+            documents=self.documents,
+            tokens=score.tokens,
+            words=self.words,
+            bytes=self.bytes,
+            nats=score.nats,
+            perplexity=_exp(score.nats_per_token),
+            word_perplexity=_exp(score.nats / self.words) if self.words else None,
+            bits_per_byte=score.nats / math.log(2) / self.bytes,
+            xz_bits_per_byte=8 * compressed / self.bytes,
+        )
+
+
+def _exp(nats: float) -> float | None:
+    """exp, or None where the result is beyond a float: JSON has no infinity."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else None
+
+
+def evaluate_split(evaluator: Evaluator, params: Params, stream: Tokens, texts: Iterable[str], split: str) -> Figures:
+    """Evaluates a whole split of a prepared corpus.
+
+    Args:
+        evaluator: of the run.
+        params: its weights.
+        stream: the split's tokens.
+        texts: the same split's documents.
+        split: its name.
+
+    Raises:
+        UserError: if the split has no text.
+    """
+    counts = TextCounts()
+    for _ in counts.count(texts):
+        pass
+    if not counts.bytes:
+        raise UserError(f"the {split} split has no text to evaluate; prepare a corpus with more documents")
+    return counts.figures(split, evaluator(params, stream))
+
+
+def evaluate_texts(evaluator: Evaluator, params: Params, texts: Iterable[str], tokenizer: Tokenizer) -> Figures:
+    """Evaluates texts, each of them a document; their tokens are held in memory.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    counts = TextCounts()
+    encoded = [np.append(tokenizer.encode(text), np.int32(tokenizer.separator_id)) for text in counts.count(texts)]
+    if not counts.bytes:
+        raise UserError("there is no text to evaluate: it is empty")
+    return counts.figures("text", evaluator(params, _ArrayTokens(np.concatenate(encoded))))
+
+
+def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The contents of text files, in UTF-8, one document each.
+
+    Raises:
+        UserError: naming the file that is missing, cannot be read or decoded, or is empty.
+    """
+    for path in paths:
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: this text file cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not a text file in UTF-8: byte {error.start} cannot be decoded ({error.reason}); "
+                "convert it to UTF-8, or leave it out"
+            ) from None
+        if not text:
+            raise UserError(f"{path}: this text file is empty: there is nothing to evaluate in it")
+        yield text
+
+
+class _ArrayTokens:
+    """An array as a stream."""
+
+    def __init__(self, tokens: np.ndarray):
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._tokens[start:stop]

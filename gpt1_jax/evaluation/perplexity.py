@@ -1,0 +1,136 @@
+"""Exact nats of a stream of tokens: every token predicted once, by one compiled function, on any mesh.
+
+A stream holds documents, the separator token after each. The first document is predicted after a separator too, which
+is context alone; every other separator is predicted, and counted, like any token.
+
+Shapes: B windows, T position.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from gpt1_jax.config import Config, ModelConfig
+from gpt1_jax.errors import UserError
+from gpt1_jax.evaluation.windows import Window, windows
+from gpt1_jax.model.objective import token_nats
+from gpt1_jax.model.transformer import Params, bind
+from gpt1_jax.training.mesh import axis_size, batch_sharding, replicated
+
+
+class Tokens(Protocol):
+    """A stream of tokens that is read by position, such as a split of a prepared corpus."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), int32."""
+        ...
+
+
+class Score(NamedTuple):
+    """What a stream cost.
+
+    Attributes:
+        nats: sum of the negative log-probabilities of its tokens.
+        tokens: how many they are.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean."""
+        return self.nats / self.tokens
+
+
+class Evaluator:
+    """Scores streams in windows of the training context, ``evaluation.stride`` tokens apart.
+
+    Windows are read as they are needed, by each process only those that its devices hold, so memory does not depend
+    on the length of the stream. The function is compiled at the first call, once.
+
+    Args:
+        config: the run, ``model.dtype`` resolved. ``evaluation.batch_size`` is rounded up to a multiple of the
+            devices that a batch is split over.
+        mesh: the devices.
+        separator_id: the token that comes before the first document.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, separator_id: int):
+        devices = axis_size(mesh, "batch")
+        self._context_length = config.context_length
+        self._stride = config.evaluation.stride or config.context_length
+        self._batch_size = -(-config.evaluation.batch_size // devices) * devices
+        self._sharding = batch_sharding(mesh)
+        self._separator_id = separator_id
+        self._nats = jax.jit(
+            lambda params, tokens_BT: _window_nats(config.model, params, tokens_BT), out_shardings=replicated(mesh)
+        )
+
+    def __call__(self, params: Params, stream: Tokens, max_tokens: int | None = None) -> Score:
+        """Scores a stream, or its first ``max_tokens`` tokens.
+
+        Each token's nats are float32, their sum is float64: the same on any mesh, up to the rounding of each.
+
+        Raises:
+            UserError: if the stream is empty.
+        """
+        length = len(stream) if max_tokens is None else min(len(stream), max_tokens)
+        if not length:
+            raise UserError("there are no tokens to evaluate; prepare a corpus with more text in this split")
+        sums: list[float] = []
+        pending: tuple[list[Window], Array] | None = None
+        for batch in self._batches(length):
+            # The next batch is given to the devices before the last one's result is waited for.
+            dispatched = batch, self._nats(params, self._read(stream, batch))
+            if pending:
+                sums += _counted(*pending)
+            pending = dispatched
+        if pending:
+            sums += _counted(*pending)
+        return Score(math.fsum(sums), length)
+
+    def _batches(self, length: int) -> Iterator[list[Window]]:
+        remaining = windows(length, self._context_length, self._stride)
+        while batch := list(islice(remaining, self._batch_size)):
+            yield batch
+
+    def _read(self, stream: Tokens, batch: Sequence[Window]) -> Int[Array, "B T+1"]:
+        """The windows on the devices, each after the token before it; the rest of the fixed shape is padding."""
+        shape = (self._batch_size, self._context_length + 1)
+        read: dict[tuple[int, int], np.ndarray] = {}  # devices along the axis `tensor` ask for the same rows
+
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(self._batch_size)
+            if (first, last) not in read:
+                block = np.full((last - first, shape[1]), self._separator_id, np.int32)
+                for row, window in zip(block, batch[first:last], strict=False):
+                    before = min(window.start, 1)  # the separator stands before the first token
+                    tokens = stream.read(window.start - before, window.stop)
+                    row[1 - before : 1 - before + len(tokens)] = tokens
+                read[first, last] = block
+            return read[first, last]
+
+        return jax.make_array_from_callback(shape, self._sharding, rows)
+
+
+def _window_nats(config: ModelConfig, params: Params, tokens_BT: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
+    """Nats of every token but each window's first; padding on the right changes nothing before it."""
+    model = bind(config, params)
+    x_BTD, _ = model(tokens_BT[:, :-1])
+    table_VD = model.embedding.token_kernel[...].astype(x_BTD.dtype)
+    return token_nats(x_BTD, table_VD, tokens_BT[:, 1:], config.loss_chunk)
+
+
+def _counted(batch: Sequence[Window], nats_BT: Array) -> list[float]:
+    """The sum over the tokens that each window counts, in float64."""
+    rows = zip(batch, np.asarray(nats_BT, np.float64), strict=False)  # rows behind the last window are padding
+    return [float(row[window.counted - window.start : window.stop - window.start].sum()) for window, row in rows]

@@ -1,0 +1,61 @@
+"""What a source of text yields: documents, and what could not become one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+# Reasons of the filters. Every other reason is invalid input, which `data.cleaning.on_invalid` rules.
+TOO_SHORT, TOO_LONG, DUPLICATE = "too_short", "too_long", "duplicate"
+FILTERS = frozenset({TOO_SHORT, TOO_LONG, DUPLICATE})
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and where it came from, e.g. ``books/emma.txt`` or ``posts.jsonl:17``."""
+
+    text: str
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Input that is no document: why, in one word for the counts, and in a sentence for a message."""
+
+    identity: str
+    reason: str
+    detail: str
+
+
+class TextSource(Protocol):
+    """A source of text. Reading it twice gives the same documents in the same order, in bounded memory."""
+
+    name: str  # in the manifest, e.g. "files:books/*.txt"
+    label: str  # in the corpus's folder, e.g. "books"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes what is read, for the corpus's fingerprint; cheap, and early to find mistakes.
+
+        Raises:
+            UserError: if the source is not there.
+        """
+        ...
+
+    def read(self) -> Iterator[Document | Skipped]:
+        """The documents, in a fixed order."""
+        ...
+
+
+def to_document(value: Any, identity: str, field: str) -> Document | Skipped:
+    """The document in the value of a record's text field, which may be missing (None), bytes or of another type."""
+    if value is None:
+        return Skipped(identity, "missing_field", f"it has no field '{field}' (text_field)")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Skipped(identity, "invalid_utf8", str(error))
+    if not isinstance(value, str):
+        return Skipped(identity, "not_text", f"field '{field}' holds a {type(value).__name__}, not text")
+    if not value:
+        return Skipped(identity, "empty", f"field '{field}' is empty")
+    return Document(value, identity)

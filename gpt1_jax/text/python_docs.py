@@ -1,0 +1,121 @@
+"""The embedded corpus: documentation strings of Python's library and of the project's run-time dependencies.
+
+Nothing is imported or downloaded: files are parsed. Only what the project itself requires is read, so installing an
+extra, or another package, changes nothing.
+"""
+
+import ast
+import hashlib
+import inspect
+import platform
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from gpt1_jax.text.document import Document, Skipped
+
+_PROJECT = "gpt1-jax"
+_NOT_DOCUMENTATION = frozenset({"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"})
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class PythonDocsSource:
+    """One document a module: its documentation strings in the order of the file, each under the name it documents."""
+
+    name = label = "python_docs"
+
+    def settings(self) -> dict[str, Any]:
+        """Versions of Python and of every distribution that is read."""
+        return {
+            "kind": "python_docs",
+            "python": f"{platform.python_implementation()} {platform.python_version()} {sys.platform}",
+            "distributions": {name: found.version for name, found in runtime_closure(_PROJECT).items()},
+        }
+
+    def read(self) -> Iterator[Document | Skipped]:
+        """The modules by distribution and path, the standard library first; each string once in the corpus."""
+        seen: set[bytes] = set()
+        for name, path in self._modules():
+            identity = f"python_docs:{name}"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # old files have invalid escapes
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError, RecursionError) as error:  # templates, files of other versions
+                yield Skipped(identity, "not_python", f"it cannot be parsed: {error}")
+                continue
+            text = "\n\n".join(_sections(tree, _dotted(name), seen))
+            if text:
+                yield Document(text, identity)
+
+    def _modules(self) -> Iterator[tuple[str, Path]]:
+        library = Path(sysconfig.get_path("stdlib"))
+        for path in sorted(library.rglob("*.py")):
+            name = path.relative_to(library).as_posix()
+            if _wanted(name):
+                yield name, path
+        for distribution in runtime_closure(_PROJECT).values():
+            for file in sorted(distribution.files or (), key=lambda file: file.as_posix()):
+                name = file.as_posix()
+                if name.endswith(".py") and not name.startswith("..") and _wanted(name):
+                    path = Path(str(distribution.locate_file(file)))
+                    if path.is_file():
+                        yield name, path
+
+
+def runtime_closure(project: str) -> dict[str, metadata.Distribution]:
+    """The installed distributions that a project requires at run time, directly or not, by name, in order.
+
+    Markers are evaluated for this environment, and without extras except those that a requirement asks for itself.
+    The project's own distribution is left out.
+    """
+    found: dict[str, metadata.Distribution] = {}
+    todo, done = [(canonicalize_name(project), "")], set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in done:
+            continue
+        done.add((name, extra))
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # pip would have complained; there is nothing to read
+            continue
+        for line in found[name].requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                required = canonicalize_name(requirement.name)
+                todo += [(required, wanted) for wanted in ("", *requirement.extras)]
+    found.pop(canonicalize_name(project), None)
+    return dict(sorted(found.items()))
+
+
+def _wanted(name: str) -> bool:
+    return _NOT_DOCUMENTATION.isdisjoint(name.split("/")[:-1])
+
+
+def _dotted(name: str) -> str:
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _sections(node: ast.AST, module: str, seen: set[bytes], name: str = "") -> Iterator[str]:
+    """A heading line and the text for every documentation string that is new to the corpus."""
+    if isinstance(node, _DOCUMENTED):
+        raw = ast.get_docstring(node, clean=False)
+        # A lone surrogate, from an escape such as "\\ud800", would make the whole module no text.
+        text = inspect.cleandoc(raw).encode("utf-8", "replace").decode("utf-8") if raw else ""
+        digest = hashlib.sha256(text.encode()).digest()
+        if text.strip() and digest not in seen:
+            seen.add(digest)
+            yield f"{name or module}\n{text}"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _DOCUMENTED):
+            yield from _sections(child, module, seen, f"{name}.{child.name}" if name else child.name)
+        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from _sections(child, module, seen, name)

@@ -1,0 +1,31 @@
+"""What the devices are: the compute dtype that suits them, and their peak rate."""
+
+import jax
+
+from gpt1_jax.config import Config
+
+# Dense bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets, by the name JAX reports.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,  # v6e
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def resolve_dtype(config: Config) -> Config:
+    """Replaces ``model.dtype: auto`` by what is fastest on the default device: bfloat16, on a CPU float32."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def peak_flops(config: Config) -> float | None:
+    """Peak FLOP/s of one device: ``logging.peak_flops``, else from the table, else None (MFU is then not known)."""
+    return config.logging.peak_flops or PEAK_FLOPS.get(jax.devices()[0].device_kind)

@@ -1,0 +1,151 @@
+"""The training loop."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from gpt1_jax.config import Config
+from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.loader import Batches
+from gpt1_jax.data.windows import RandomWindows
+from gpt1_jax.errors import DivergedError, Interrupted, UserError
+from gpt1_jax.model.transformer import Params, num_parameters
+from gpt1_jax.text.tokenizer import Tokenizer
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.interrupt import Interruption
+from gpt1_jax.training.mesh import batch_sharding
+from gpt1_jax.training.metrics import MetricsLog
+from gpt1_jax.training.optimizer import make_optimizer
+from gpt1_jax.training.progress import Progress
+from gpt1_jax.training.recorder import Recorder
+from gpt1_jax.training.run import check_run, write_config
+from gpt1_jax.training.state import TrainState, abstract_state, init_state
+from gpt1_jax.training.step import compile_train_step
+
+# From the weights to the figures that metrics.jsonl gets.
+Evaluate = Callable[[Params], Mapping[str, float]]
+
+
+def train(
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    evaluate: Evaluate,
+    allow_changes: bool = False,
+) -> None:
+    """Trains a run to ``train.steps``, from its newest checkpoint if it has one; a finished run is left as it is.
+
+    Args:
+        config: the run, ``model.dtype`` resolved.
+        corpus: prepared from this configuration.
+        tokenizer: the one that the corpus was encoded with.
+        mesh: the devices; checked against the configuration.
+        evaluate: called every ``evaluation.every`` steps and after the last.
+        allow_changes: go on with a run that another configuration or corpus made.
+
+    Raises:
+        UserError: if the run was made by another configuration, or from another corpus or tokenizer.
+        DivergedError: if the loss or the gradient is no longer finite.
+        Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
+    """
+    # ---- run
+    check_run(config, allow_changes)
+    with Interruption() as interruption, Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
+        begin = checkpoints.latest() or 0
+        if begin >= config.train.steps:
+            return
+        write_config(config)
+
+        # ---- model and optimizer
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        if checkpoints.latest() is None:
+            state, examples = init_state(config, optimizer, mesh), 0
+        else:
+            files = checkpoints.read_files(begin)
+            _check_same_data(files, corpus, tokenizer, allow_changes)
+            # The examples read so far are the position in the data, whatever the batch size was.
+            state, examples = checkpoints.restore_state(begin, abstract_state(config, optimizer, mesh)), files.examples
+
+        # ---- input
+        weights = [source.weight for source in config.data.sources]
+        windows = RandomWindows(corpus, config.context_length, config.seed, weights)
+        batches = Batches(windows, config.train.batch_size, batch_sharding(mesh), examples, config.data.prefetch)
+
+        # ---- log
+        # Metrics of steps after the checkpoint, which a killed process wrote, are dropped: those steps are made again.
+        with batches, MetricsLog(config, begin) as log, Progress(config, begin) as progress:
+            progress.say(_summary(config, corpus, mesh, begin))
+
+            # ---- step
+            step_fn = compile_train_step(config, optimizer, mesh)
+            recorder = Recorder(config, begin, examples, log, progress)
+
+            def save(step: int, state: TrainState) -> None:
+                recorder.drain()  # a checkpoint is written only once every step before it is known to be finite
+                position = examples + (step - begin) * config.train.batch_size
+                files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), position, corpus.manifest.fingerprint)
+                with jax.transfer_guard("allow"):
+                    checkpoints.save(step, state, files)
+
+            # ---- loop
+            step = begin
+            try:
+                with jax.transfer_guard("disallow"):
+                    while step < config.train.steps and not interruption.requested:
+                        _, batch = next(batches)
+                        state, metrics = step_fn(state, batch)
+                        step += 1
+                        recorder.add(step, metrics)
+                        last = step == config.train.steps
+                        if last or step % config.evaluation.every == 0:
+                            recorder.drain()
+                            with recorder.paused(), jax.transfer_guard("allow"):
+                                figures = evaluate(state.params)
+                            recorder.evaluation(step, figures)
+                        if last or step % config.checkpoint.every == 0:
+                            save(step, state)
+                if checkpoints.latest() != step:
+                    save(step, state)
+            except DivergedError as error:
+                raise DivergedError(f"{error}\n{_last_sound(checkpoints)}") from None
+            checkpoints.wait()
+
+    if interruption.requested and step < config.train.steps:
+        raise Interrupted(
+            f"{interruption.requested}: stopped after step {step}; its checkpoint is {checkpoints.path(step)}; "
+            "run the same command again to go on"
+        )
+
+
+def _check_same_data(files: RunFiles, corpus: Corpus, tokenizer: Tokenizer, allow_changes: bool) -> None:
+    if files.tokenizer != tokenizer.to_bytes():
+        raise UserError(
+            f"{corpus.folder}: its tokenizer is not the one that the run's checkpoint was trained with, so its tokens "
+            "mean other text; start another run with name=NEW, or prepare with data.tokenizer.file set to the "
+            "checkpoint's run/tokenizer.model"
+        )
+    if files.corpus != corpus.manifest.fingerprint and not allow_changes:
+        raise UserError(
+            f"{corpus.folder}: the run was trained on the corpus with fingerprint {files.corpus}, this one has "
+            f"{corpus.manifest.fingerprint}; start another run with name=NEW, or pass --allow-changes to go on with it"
+        )
+
+
+def _last_sound(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    if latest is None:
+        return "the run has no checkpoint yet, so it starts again from the beginning"
+    return f"the last sound checkpoint is {checkpoints.path(latest)}"
+
+
+def _summary(config: Config, corpus: Corpus, mesh: Mesh, begin: int) -> str:
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return (
+        f"{config.run_dir}: {num_parameters(config.model):,} parameters, {config.model.dtype}, "
+        f"{mesh.size} {jax.devices()[0].device_kind} device(s) ({shape}), "
+        f"{corpus.manifest.splits['train'].tokens:,} training tokens, "
+        f"steps {begin} to {config.train.steps}"
+    )

@@ -1,0 +1,80 @@
+"""Where a run's figures are kept: metrics.jsonl and TensorBoard; and the clock they are taken by."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from gpt1_jax.config import Config
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, a line per record, and mirrors the numbers to TensorBoard.
+
+    Args:
+        config: the run.
+        step: the step that the run goes on from. Records after it, written by a process that died before its next
+            checkpoint, are dropped: those steps will be made, and written, again.
+    """
+
+    def __init__(self, config: Config, step: int):
+        self._path = config.run_dir / METRICS
+        self.seconds = 0.0  # training time of the records kept
+        kept = []
+        for record in read_metrics(self._path):
+            if record["step"] <= step:
+                kept.append(json.dumps(record) + "\n")
+                self.seconds = record.get("seconds", self.seconds)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._board = None
+        if config.logging.tensorboard:
+            self._board = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record; ``step`` is among its keys."""
+        self._file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, record["step"])
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a killed process left unfinished is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Stopwatch:
+    """Seconds of training, without those spent in evaluation and the like. The wall clock plays no part."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._start = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes back time in which no training was done."""
+        self._start += seconds

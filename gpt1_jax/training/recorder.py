@@ -1,0 +1,107 @@
+"""Reads the metrics of each step when they are long since ready, checks them, and hands them to log and display."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+
+from gpt1_jax.config import Config
+from gpt1_jax.errors import DivergedError
+from gpt1_jax.model.transformer import flops_per_token
+from gpt1_jax.training.hardware import peak_flops
+from gpt1_jax.training.metrics import MetricsLog, Stopwatch
+from gpt1_jax.training.progress import Progress
+from gpt1_jax.training.step import Metrics
+
+# Steps whose metrics are still unread. The host runs this far ahead of the devices, so that they never wait for it,
+# and no further, so that a signal is answered and a loss that is not finite is seen soon.
+_IN_FLIGHT = 2
+
+
+class Recorder:
+    """Follows the steps of a run from a few steps behind.
+
+    Args:
+        config: the run.
+        step: updates made before.
+        examples: examples read before.
+        log: where records are written.
+        progress: where they are shown.
+    """
+
+    def __init__(self, config: Config, step: int, examples: int, log: MetricsLog, progress: Progress):
+        self._config = config
+        self._log, self._progress = log, progress
+        self._begin, self._examples = step, examples
+        self._unread: deque[tuple[int, Metrics]] = deque()
+        self._clock = Stopwatch(log.seconds)
+        self._last_step, self._last_seconds = step, log.seconds
+        peak = peak_flops(config)
+        self._peak_flops = peak and peak * jax.device_count()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was just dispatched; reads those of an older one."""
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self._unread.append((step, metrics))
+        while len(self._unread) > _IN_FLIGHT:
+            self._read()
+
+    def drain(self) -> None:
+        """Reads what is left.
+
+        Raises:
+            DivergedError: if a step's loss or gradient is not finite.
+        """
+        while self._unread:
+            self._read()
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes and shows the figures of an evaluation."""
+        self._log.write({"step": step, "tokens": self._tokens(step), **figures})
+        self._progress.say(
+            f"step {step:>7}/{self._config.train.steps} · "
+            + " · ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent inside out of the training time."""
+        started = self._clock.seconds()
+        yield
+        self._clock.leave_out(self._clock.seconds() - started)
+
+    def _tokens(self, step: int) -> int:
+        examples = self._examples + (step - self._begin) * self._config.train.batch_size
+        return examples * self._config.context_length
+
+    def _read(self) -> None:
+        step, metrics = self._unread.popleft()
+        figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            raise DivergedError(
+                f"step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run has diverged; "
+                f"lower optimizer.learning_rate={self._config.optimizer.learning_rate} or raise optimizer.warmup_steps"
+            )
+        if step == 1 or step % self._config.train.log_every == 0 or step == self._config.train.steps:
+            self._write(step, figures)
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        seconds = self._clock.seconds()
+        tokens = (step - self._last_step) * self._config.train.batch_size * self._config.context_length
+        rate = tokens / max(seconds - self._last_seconds, 1e-9)
+        flops = flops_per_token(self._config.model, self._config.context_length)
+        record = {
+            "step": step,
+            **figures,
+            "tokens": self._tokens(step),
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * flops / self._peak_flops if self._peak_flops else None,
+        }
+        self._last_step, self._last_seconds = step, seconds
+        self._log.write(record)
+        left = self._tokens(self._config.train.steps) - self._tokens(step)
+        self._progress.show(record, left / rate)

@@ -1,0 +1,121 @@
+"""A run's folder: made by training, opened by everything that uses a trained model."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gpt1_jax.config import Config, load_config, parse_config
+from gpt1_jax.errors import UserError
+from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
+from gpt1_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from gpt1_jax.training.checkpoint import Checkpoints
+from gpt1_jax.training.mesh import tree_shardings
+
+CONFIG = "config.yaml"
+
+# Keys that may differ when a run goes on, because its losses and weights do not depend on them.
+_FREE_KEYS = (
+    "runs_dir",
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "model.scan_layers",
+    "model.remat",
+    "train.log_every",
+    "mesh.",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to use it.
+
+    Attributes:
+        path: the run's folder.
+        config: the configuration that it was trained with.
+        step: updates made.
+        tokenizer: the tokenizer that it was trained with.
+        mesh: the devices that hold the weights.
+        params: the weights, float32.
+    """
+
+    path: Path
+    config: Config
+    step: int
+    tokenizer: Tokenizer
+    mesh: Mesh
+    params: Params
+
+
+def open_run(path: str | Path, mesh: Mesh) -> Run:
+    """Reads the newest checkpoint of a run.
+
+    Args:
+        path: the run's folder.
+        mesh: where to put the weights.
+
+    Raises:
+        UserError: if there is no run, or no checkpoint yet.
+        DamagedError: if the checkpoint cannot be read.
+    """
+    path = Path(path)
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
+    with Checkpoints(path) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
+        files = checkpoints.read_files(step)
+        config = parse_config(files.config, str(checkpoints.path(step) / "run" / CONFIG))
+        layouts = tree_shardings(mesh, parameter_axes(config.model), abstract_params(config.model))
+        abstract = jax.tree.map(
+            lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+            abstract_params(config.model),
+            layouts,
+        )
+        params = checkpoints.restore_params(step, abstract)
+    return Run(path, config, step, SentencePieceTokenizer.from_bytes(files.tokenizer), mesh, params)
+
+
+def check_run(config: Config, allow_changes: bool) -> None:
+    """Checks that a run of this name, if there is one, was made by this configuration.
+
+    Raises:
+        UserError: naming every key that differs and matters.
+    """
+    path = config.run_dir / CONFIG
+    if not path.exists() or allow_changes:
+        return
+    changes = list(_differences(load_config(path).model_dump(mode="json"), config.model_dump(mode="json")))
+    if changes:
+        raise UserError(
+            f"{config.run_dir}: this run was made by another configuration:\n"
+            + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in changes)
+            + "start another run with name=NEW, or pass --allow-changes to go on with the values of now"
+        )
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved configuration into the run's folder, if it is not there already."""
+    path, text = config.run_dir / CONFIG, config.to_yaml()
+    if not path.exists() or path.read_text() != text:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in old | new:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new and not key.startswith(_FREE_KEYS):
+        yield key, old, new

@@ -1,0 +1,97 @@
+"""One update, as a pure function of the state and the batch.
+
+Shapes: A micro-batch, B batch, T position, D embedding.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gpt1_jax.config import Config
+from gpt1_jax.model.objective import cross_entropy
+from gpt1_jax.model.transformer import Params, bind
+from gpt1_jax.training.mesh import batch_sharding
+from gpt1_jax.training.optimizer import learning_rate_schedule
+from gpt1_jax.training.state import TrainState, abstract_state
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+
+
+def language_model_loss(config: Config, params: Params, tokens_BT: jax.Array, dropout_key: jax.Array) -> jax.Array:
+    """Mean negative log-probability of each token but the first of its window (paper, Eq. 1), nats per token.
+
+    Args:
+        config: the run.
+        params: the weights.
+        tokens_BT: windows of context_length + 1 tokens.
+        dropout_key: random key of every dropout.
+    """
+    model = bind(config.model, params)
+    targets_BT = tokens_BT[:, 1:]
+    x_BTD, _ = model(tokens_BT[:, :-1], dropout_key=dropout_key)
+    table_VD = model.embedding.token_kernel[...].astype(x_BTD.dtype)
+    weights_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size, jnp.float32)
+    return cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, config.model.loss_chunk)
+
+
+def train_step(
+    config: Config, optimizer: optax.GradientTransformation, state: TrainState, tokens_BT: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """Gradient, clipping, update.
+
+    Args:
+        config: the run.
+        optimizer: from :func:`gpt1_jax.training.optimizer.make_optimizer`.
+        state: donated; use the returned one.
+        tokens_BT: [batch_size, context_length + 1] int32.
+
+    Returns:
+        The new state, and float32 scalars: loss (nats per token, before the update), grad_norm (before clipping),
+        learning_rate (of this update).
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    loss, grads = _accumulated(config, state.params, tokens_BT, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": learning_rate_schedule(config.optimizer, config.train.steps)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+
+def _accumulated(config: Config, params: Params, tokens_BT: jax.Array, key: jax.Array) -> tuple[jax.Array, Params]:
+    """Loss and gradient of the batch, as the mean over ``train.accumulation`` micro-batches."""
+    value_and_grad = jax.value_and_grad(lambda p, tokens, key: language_model_loss(config, p, tokens, key))
+    count = config.train.accumulation
+    if count == 1:
+        return value_and_grad(params, tokens_BT, key)
+    # Micro-batch a takes rows a, a + A, ...: so each device works on rows that it already holds.
+    tokens_ABT = tokens_BT.reshape(-1, count, tokens_BT.shape[1]).swapaxes(0, 1)
+
+    def add(total: tuple[jax.Array, Params], inputs: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+        tokens, index = inputs
+        part = value_and_grad(params, tokens, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, part), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, (tokens_ABT, jnp.arange(count)))
+    return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def compile_train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles the step for a mesh, the state donated; call it with (state, tokens_BT)."""
+    state = abstract_state(config, optimizer, mesh)
+    batch_shape = (config.train.batch_size, config.context_length + 1)
+    tokens_BT = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=batch_sharding(mesh))
+    step = jax.jit(
+        lambda state, tokens_BT: train_step(config, optimizer, state, tokens_BT),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+    )
+    return step.lower(state, tokens_BT).compile()
