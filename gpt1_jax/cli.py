@@ -47,11 +47,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 
 
 @app.command(
-    epilog="Examples:\n\n  gpt1 prepare configs/tiny.yaml\n\n  gpt1 prepare configs/gpt1.yaml data.cleaning.min_chars=200"
+    epilog="Examples:\n\n  gpt1 prepare configs/tiny.yaml\n\n"
+    "  gpt1 prepare configs/tiny.yaml data.cleaning.min_chars=200"
 )
 def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Turn a corpus into a tokenizer and sharded, checksummed tokens. Does nothing if that is done already."""
-    from gpt1_jax.config import load_config
+    from gpt1_jax.config_file import load_config
     from gpt1_jax.data.manifest import read_manifest
     from gpt1_jax.data.prepare import prepare as prepare_corpus
 
@@ -73,7 +74,8 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command(
-    epilog="Examples:\n\n  gpt1 train configs/tiny.yaml\n\n  gpt1 train configs/tiny.yaml name=wide model.embed_dim=384\n\n"
+    epilog="Examples:\n\n  gpt1 train configs/tiny.yaml\n\n"
+    "  gpt1 train configs/tiny.yaml name=wide model.embed_dim=384\n\n"
     "Stop it with Ctrl-C and run the same command again: it goes on where it stopped."
 )
 def train(
@@ -85,7 +87,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a run, preparing its corpus first if needed; then evaluate it, sample from it, and report."""
-    from gpt1_jax.config import load_config
+    from gpt1_jax.config_file import load_config
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
     from gpt1_jax.text.tokenizer import SentencePieceTokenizer
@@ -112,7 +114,9 @@ def evaluate(
     text: Annotated[
         list[Path] | None, typer.Option(help="Evaluate a UTF-8 text file instead of a split; may be repeated.")
     ] = None,
-    split: Annotated[Literal["train", "validation"], typer.Option(help="The split of the run's corpus.")] = "validation",
+    split: Annotated[
+        Literal["train", "validation"], typer.Option(help="The split of the run's corpus.")
+    ] = "validation",
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows; smaller gives each token more context.")
     ] = None,
@@ -320,7 +324,8 @@ def _print_figures(figures: "Figures") -> None:
     print(f"{figures.split}: {figures.documents:,} documents")
     print(f"  perplexity       {figures.perplexity:,.2f} per token  ({figures.tokens:,} tokens)")
     print(f"  word perplexity  {words} per word  ({figures.words:,} words)")
-    print(f"  bits per byte    {figures.bits_per_byte:.4f}  ({figures.bytes:,} bytes; xz -9: {figures.xz_bits_per_byte:.4f})")
+    xz = f"xz -9: {figures.xz_bits_per_byte:.4f}"
+    print(f"  bits per byte    {figures.bits_per_byte:.4f}  ({figures.bytes:,} bytes; {xz})")
 
 
 def _print_json(value: dict[str, Any]) -> None:

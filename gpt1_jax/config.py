@@ -1,21 +1,16 @@
-"""The typed configuration: frozen pydantic models whose defaults are the paper's GPT-1, and their loader.
+"""The typed configuration: frozen pydantic models whose defaults are the paper's GPT-1.
 
-A YAML file lists only what differs from the defaults. Source of the defaults: Radford et al. 2018, "Improving
-Language Understanding by Generative Pre-Training", section 4.1, and where the paper is silent the authors'
-fine-tuning code (openai/finetune-transformer-lm).
+A YAML file lists only what differs from the defaults; config_file.py reads it. Source of the defaults: Radford et al.
+2018, "Improving Language Understanding by Generative Pre-Training", section 4.1, and where the paper is silent the
+authors' fine-tuning code (openai/finetune-transformer-lm).
 """
 
-import json
-import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, PositiveInt, model_validator
-
-from gpt1_jax.errors import UserError, nearest
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -40,7 +35,7 @@ class ModelConfig(Section):
     attention_dropout: Fraction = 0.1  # on the attention probabilities
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; parameters are always float32
     attention: Literal["xla"] = "xla"
-    scan_layers: bool = False  # one compiled layer in a loop (compiles sooner) instead of num_layers in a row (runs faster)
+    scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
     loss_chunk: PositiveInt = 128  # positions of each sequence whose logits exist at once
 
@@ -278,205 +273,5 @@ class Config(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML that :func:`load_config` reads back to an equal object."""
+        """The resolved configuration as YAML that reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader with the numbers and booleans of YAML 1.2: ``3e-4`` is a number, ``no`` and ``1:30`` are words."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, p) for tag, p in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-
-# A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
-_Path = tuple[Hashable, ...]
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration file and dotted overrides.
-
-    Args:
-        path: YAML file that lists what differs from the defaults.
-        overrides: ``section.key=value`` each, the value in YAML; a later one wins.
-
-    Returns:
-        The validated, frozen configuration.
-
-    Raises:
-        UserError: with every problem of the file and of the overrides in one message.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such configuration file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
-    return parse_config(text, str(path), overrides)
-
-
-def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """As :func:`load_config`, from YAML text; ``source`` names it in messages."""
-    origin: dict[_Path, str] = {}
-    problems: list[str] = []
-    values = _parse_yaml(text, source, origin, problems)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected keys such as 'model:' at the top, found {_shown(values)}")
-    for override in overrides:
-        _apply_override(values, override, origin, problems)
-    try:
-        config = Config.model_validate_json(json.dumps(values))
-    except pydantic.ValidationError as error:
-        problems += _explain(error, values, source, origin)
-    except (TypeError, ValueError) as error:  # a value that JSON cannot hold
-        problems.append(f"{source}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    return nearest(path.name, names) or (f"; {folder} has: {', '.join(sorted(names))}" if names else "")
-
-
-def _parse_yaml(text: str, source: str, origin: dict[_Path, str], problems: list[str]) -> Any:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return None if node is None else _construct(loader, node, (), source, origin, problems)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    finally:
-        loader.dispose()
-
-
-def _construct(
-    loader: _Loader, node: yaml.Node, path: _Path, source: str, origin: dict[_Path, str], problems: list[str]
-) -> Any:
-    """Builds the value of a node, notes the line of every key, and refuses duplicate keys."""
-    where = f"{source}:{node.start_mark.line + 1}" if source != "command line" else source
-    origin.setdefault(path, where)
-    if isinstance(node, yaml.MappingNode):
-        result: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = f"{source}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str):
-                problems.append(f"{line}: keys are words, found {_shown(key)}")
-            elif key in result:
-                problems.append(f"{line}: {_dotted((*path, key))}: given twice; keep one of them")
-            else:
-                origin[(*path, key)] = line if source != "command line" else source
-                result[key] = _construct(loader, value_node, (*path, key), source, origin, problems)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, n, (*path, i), source, origin, problems) for i, n in enumerate(node.value)]
-    return loader.construct_object(node)
-
-
-def _apply_override(values: dict[str, Any], override: str, origin: dict[_Path, str], problems: list[str]) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        problems.append(f"command line: '{override}': expected key=value, e.g. train.steps=200")
-        return
-    path = tuple(key.strip().split("."))
-    found: dict[_Path, str] = {}
-    value = _parse_yaml(text, "command line", found, problems)
-    for known in [known for known in origin if known[: len(path)] == path]:
-        del origin[known]
-    origin.update({path + inner: "command line" for inner in found} or {path: "command line"})
-    parent: Any = values
-    for part in path[:-1]:
-        parent = parent.setdefault(part, {})
-        if not isinstance(parent, dict):
-            problems.append(f"command line: {key}: '{part}' is not a section")
-            return
-    parent[path[-1]] = value
-
-
-def _explain(
-    error: pydantic.ValidationError, values: Mapping[str, Any], source: str, origin: Mapping[_Path, str]
-) -> Iterable[str]:
-    """One line a problem: where, key, what, value, and the nearest valid key."""
-    for problem in error.errors():
-        # pydantic adds the tag of a discriminated union to the path; the file has no such level.
-        path = tuple(part for part in problem["loc"] if part not in _SOURCE_KINDS)
-        where = next((origin[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origin), source)
-        value = problem["input"]
-        match problem["type"]:
-            case "extra_forbidden":
-                valid = _valid_keys(path[:-1], values)
-                yield f"{where}: {_dotted(path)}={_shown(value)}: unknown key{_did_you_mean(path, valid)}"
-            case "value_error":
-                for line in str(problem["ctx"]["error"]).splitlines():
-                    yield f"{where}: {line}"
-            case "missing":
-                yield f"{where}: {_dotted(path)}: required, but not given"
-            case _:
-                yield f"{where}: {_dotted(path)}={_shown(value)}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _did_you_mean(path: _Path, valid: Mapping[str, _Path]) -> str:
-    name = str(path[-1])
-    near = nearest(name, valid)
-    if near:
-        return near.replace(f"'{_unquote(near)}'", f"'{_dotted((*path[:-1], _unquote(near)))}'")
-    elsewhere = {key: where for where in _all_keys(Config) for key in [where[-1]]}
-    near = nearest(name, elsewhere)
-    if near:
-        return f"; did you mean '{_dotted(elsewhere[_unquote(near)])}'?"
-    return f"; valid here: {', '.join(valid)}"
-
-
-def _unquote(near: str) -> str:
-    return near.split("'")[1]
-
-
-def _all_keys(section: type[pydantic.BaseModel], prefix: _Path = ()) -> Iterable[tuple[str, ...]]:
-    for name, field in section.model_fields.items():
-        path = (*prefix, name)
-        yield path
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from _all_keys(field.annotation, path)
-
-
-def _valid_keys(path: _Path, values: Mapping[str, Any]) -> dict[str, _Path]:
-    """The keys of the section at ``path``; for a source, those of its kind."""
-    if path[:2] == ("data", "sources"):
-        kind = values["data"]["sources"][path[2]]["kind"]
-        section: type[pydantic.BaseModel] = _SOURCE_KINDS[kind]
-    else:
-        section = Config
-        for part in path:
-            section = section.model_fields[part].annotation  # type: ignore[assignment,index]
-    return {name: (*path, name) for name in section.model_fields}
-
-
-_SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {
-    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Files, Tfds, HuggingFace)
-}
-
-
-def _dotted(path: Iterable[Hashable]) -> str:
-    return ".".join(map(str, path))
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

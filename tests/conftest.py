@@ -1,12 +1,74 @@
-"""What the tests share: a tiny corpus with a real tokenizer, and the smallest model."""
+"""What the tests share: the smallest model, and a corpus small enough to prepare in a second."""
 
-import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from gpt1_jax.config import Config, parse_config
-from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SourceCounts, SplitCounts, sha256_of
+from gpt1_jax.config import ModelConfig
+from gpt1_jax.data.corpus import Corpus
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    """Two layers without dropout, sizes all different."""
+    return ModelConfig(
+        vocab_size=97,
+        context_length=16,
+        num_layers=2,
+        embed_dim=32,
+        num_heads=4,
+        mlp_dim=48,
+        dropout=0.0,
+        attention_dropout=0.0,
+        dtype="float32",
+    )
+
+
+SENTENCES = ("The cat sat on the mat.", "A dog ran over the hill, far away.", "Birds sing when the day begins.")
+
+
+@pytest.fixture(scope="session")
+def corpus_yaml(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The data section of a configuration, in YAML: two hundred documents of a few hundred characters."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(200):
+        words = [SENTENCES[(number * k + k * k) % 3].replace("the", f"the {number % 17}th") for k in range(8)]
+        (folder / f"{number:03}.txt").write_text(" ".join(words) + f"\nThis was story {number}.\n")
+    return (
+        f"data:\n  root: {folder / 'prepared'}\n  validation_fraction: 0.1\n  workers: 1\n"
+        f"  sources:\n    - kind: files\n      paths: ['{folder}/*.txt']\n"
+    )
+
+
+MODEL_YAML = (
+    "model: {vocab_size: 320, context_length: 32, num_layers: 2, embed_dim: 32, num_heads: 4, mlp_dim: 64}\n"
+    "optimizer: {warmup_steps: 2, learning_rate: 1e-2}\n"
+)
+
+
+@pytest.fixture(scope="session")
+def run_yaml(corpus_yaml: str) -> str:
+    """A configuration that trains in seconds, dropout on."""
+    return (
+        corpus_yaml
+        + MODEL_YAML
+        + "train: {steps: 12, batch_size: 8, log_every: 1}\ncheckpoint: {every: 4}\n"
+        + "evaluation: {every: 6, batch_size: 8, sample_tokens: 8}\nlogging: {tensorboard: false}\n"
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(run_yaml: str) -> Corpus:
+    """The prepared corpus of that configuration."""
+    from gpt1_jax.config_file import parse_config
+    from gpt1_jax.data.prepare import prepare
+
+    return Corpus(prepare(parse_config(run_yaml, "test")))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, run_yaml: str) -> Path:
+    """The same configuration as a file, its runs beside it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"name: run\nruns_dir: {tmp_path / 'runs'}\n{run_yaml}")
+    return path

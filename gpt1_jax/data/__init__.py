@@ -1,0 +1,1 @@
+"""Documents to sharded, checksummed tokens to global batches."""

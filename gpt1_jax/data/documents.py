@@ -1,8 +1,8 @@
 """The cleaned documents of a corpus: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
 import contextlib
+import io
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         return {split: self._generate_examples(split) for split in self._records}
 
+    def _example_writer(self) -> writer.ExampleWriter:
+        return _DeterministicWriter(self.info.file_format)
+
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, str]]]:
         # Above a gigabyte TFDS sorts records by key in buckets of a 1000th of the range. Keys spread over all of it
         # keep the order and fill the buckets evenly; 0, 1, 2 ... would gather everything in one, in memory.
@@ -65,7 +68,8 @@ def write_documents(splits: Records, folder: Path, work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     builder = Documents(splits, data_dir=work, file_format="array_record")
     config = tfds.download.DownloadConfig(register_checksums=False, try_download_gcs=False)
-    with contextlib.redirect_stdout(sys.stderr):  # where TFDS says what it does; standard output is for results
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # what TFDS prints there is not this command's result
         builder.download_and_prepare(download_config=config)
     shutil.rmtree(folder, ignore_errors=True)
     Path(builder.data_dir).rename(folder)

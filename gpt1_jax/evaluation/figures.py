@@ -1,8 +1,7 @@
-"""The figures of an evaluation: perplexity per token and per word, bits per byte, and what xz needs for the same text."""
+"""The figures of an evaluation: perplexity per token and per word, and bits per byte beside those of xz."""
 
 import lzma
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt1_jax.errors import UserError
-from gpt1_jax.evaluation.perplexity import Evaluator, Score, Tokens
+from gpt1_jax.evaluation.perplexity import Evaluator, Score, Tokens, exp
 from gpt1_jax.model.transformer import Params
 from gpt1_jax.text.tokenizer import Tokenizer
 
@@ -29,8 +28,9 @@ class Figures:
         words: of the text, as white space separates them.
         bytes: of the text in UTF-8.
         nats: the sum over the tokens.
-        perplexity: exp(nats / tokens); None where that is beyond a float.
-        word_perplexity: exp(nats / words); None where there are no words.
+        perplexity: exp(nats / tokens).
+        word_perplexity: exp(nats / words); None where there are no words, or a few so long (text without spaces) that
+            it is beyond a float.
         bits_per_byte: nats / ln 2 / bytes.
         xz_bits_per_byte: the same of xz at its strongest preset, 9, over all documents joined.
     """
@@ -41,27 +41,10 @@ class Figures:
     words: int
     bytes: int
     nats: float
-    perplexity: float | None
+    perplexity: float
     word_perplexity: float | None
     bits_per_byte: float
     xz_bits_per_byte: float
-
-
-def validation_metrics(score: Score, bytes_per_token: float) -> dict[str, float | None]:
-    """What metrics.jsonl keeps of an evaluation while training.
-
-    Args:
-        score: of the validation split, or of its beginning.
-        bytes_per_token: of the whole split.
-
-    Returns:
-        ``validation_loss`` in nats/token, ``validation_perplexity`` and ``validation_bits_per_byte``.
-    """
-    return {
-        "validation_loss": score.nats_per_token,
-        "validation_perplexity": _exp(score.nats_per_token),
-        "validation_bits_per_byte": score.nats_per_token / math.log(2) / bytes_per_token,
-    }
 
 
 class TextCounts:
@@ -84,6 +67,7 @@ class TextCounts:
 
     def figures(self, split: str, score: Score) -> Figures:
         """Joins the counts with the score of the same documents; to be called once, at their end."""
+        word_perplexity = exp(score.nats / self.words) if self.words else math.inf
         compressed = self._compressed + len(self._compressor.flush())
         return Figures(
             split=split,
@@ -92,16 +76,11 @@ class TextCounts:
             words=self.words,
             bytes=self.bytes,
             nats=score.nats,
-            perplexity=_exp(score.nats_per_token),
-            word_perplexity=_exp(score.nats / self.words) if self.words else None,
+            perplexity=score.perplexity,
+            word_perplexity=word_perplexity if math.isfinite(word_perplexity) else None,
             bits_per_byte=score.nats / math.log(2) / self.bytes,
             xz_bits_per_byte=8 * compressed / self.bytes,
         )
-
-
-def _exp(nats: float) -> float | None:
-    """exp, or None where the result is beyond a float: JSON has no infinity."""
-    return math.exp(nats) if nats < math.log(sys.float_info.max) else None
 
 
 def evaluate_split(evaluator: Evaluator, params: Params, stream: Tokens, texts: Iterable[str], split: str) -> Figures:

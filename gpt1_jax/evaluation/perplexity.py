@@ -7,6 +7,7 @@ Shapes: B windows, T position.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -46,9 +47,14 @@ class Score(NamedTuple):
     tokens: int
 
     @property
-    def nats_per_token(self) -> float:
-        """The mean."""
-        return self.nats / self.tokens
+    def perplexity(self) -> float:
+        """exp(nats / tokens); infinite beyond the largest float."""
+        return exp(self.nats / self.tokens)
+
+
+def exp(nats: float) -> float:
+    """The exponential; infinite beyond the largest float, where :func:`math.exp` raises."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 class Evaluator:
@@ -108,7 +114,8 @@ class Evaluator:
         shape = (self._batch_size, self._context_length + 1)
         read: dict[tuple[int, int], np.ndarray] = {}  # devices along the axis `tensor` ask for the same rows
 
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first, last, _ = index[0].indices(self._batch_size)
             if (first, last) not in read:
                 block = np.full((last - first, shape[1]), self._separator_id, np.int32)

@@ -50,7 +50,7 @@ def generate(
     seed: int,
     separator_id: int,
 ) -> list[Completion]:
-    """Continues every prompt to the end of its document, or for ``max_tokens`` tokens; arguments as in :func:`stream`."""
+    """Continues every prompt to the end of its document or for ``max_tokens``; arguments as in :func:`stream`."""
     room = prompt_room(config, max_tokens)
     pieces = stream(
         config,

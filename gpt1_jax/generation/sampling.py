@@ -73,9 +73,7 @@ def sample(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: S
     return jnp.take_along_axis(tokens_BK, choice_B1, axis=-1)[:, 0]
 
 
-def candidates(
-    logits_BV: Float[Array, "B V"], sampling: Sampling
-) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+def candidates(logits_BV: Float[Array, "B V"], sampling: Sampling) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """The tokens that top k and top p leave, likeliest first; of equal ones the lower id comes first.
 
     Args:

@@ -1,1 +1,1 @@
-"""Text: sources, cleaning, and the tokenizer."""
+"""Text to clean documents to tokens."""

@@ -175,6 +175,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
             vocab_size=vocab_size,
             normalization_rule_name="identity",
             byte_fallback=True,
+            required_chars=_SPACE_MARK,  # or a space, in a corpus that has few, would fall to the bytes of its mark
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             user_defined_symbols=["\n"],

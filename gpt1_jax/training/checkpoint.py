@@ -110,7 +110,7 @@ class Checkpoints:
         return self.directory / str(step)
 
     def save(self, step: int, state: TrainState, files: RunFiles) -> None:
-        """Starts a save; returns once the state is copied, so that it may be donated, and writes beside the training."""
+        """Starts a save: returns once the state is copied and may be donated, and writes beside the training."""
         self._manager.save(
             step,
             args=ocp.args.Composite(

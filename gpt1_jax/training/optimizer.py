@@ -73,7 +73,7 @@ def scale_by_authors_adam(b1: float, b2: float, eps: float, weight_decay: float)
 
 
 def is_decayed(params: Any) -> Any:
-    """True for kernels and embeddings, False for biases and gains (paper, section 4.1: "all non bias or gain weights")."""
+    """True for kernels and embeddings, False for biases and gains (paper, 4.1: "all non bias or gain weights")."""
     return jax.tree.map_with_path(lambda path, _: str(path[-1].key) not in ("bias", "scale"), params)
 
 

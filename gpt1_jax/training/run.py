@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gpt1_jax.config import Config, load_config, parse_config
+from gpt1_jax.config import Config
+from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer

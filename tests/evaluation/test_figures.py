@@ -10,7 +10,7 @@ import pytest
 
 from gpt1_jax.config import Config, EvaluationConfig, MeshConfig, ModelConfig
 from gpt1_jax.errors import UserError
-from gpt1_jax.evaluation.figures import TextCounts, evaluate_split, evaluate_texts, read_texts, validation_metrics
+from gpt1_jax.evaluation.figures import TextCounts, evaluate_split, evaluate_texts, read_texts
 from gpt1_jax.evaluation.perplexity import Evaluator, Score
 from gpt1_jax.model.transformer import init_params
 from gpt1_jax.training.mesh import make_mesh
@@ -103,14 +103,9 @@ def test_what_a_float_cannot_hold_is_none(evaluator, params):
     assert evaluate_texts(evaluator, params, [" \n"], Bytes()).word_perplexity is None
 
 
-def test_validation_metrics_by_hand():
-    metrics = validation_metrics(Score(nats=math.log(2) * 300, tokens=100), bytes_per_token=1.5)
-    assert metrics == {
-        "validation_loss": pytest.approx(3 * math.log(2)),
-        "validation_perplexity": pytest.approx(8),
-        "validation_bits_per_byte": pytest.approx(2),
-    }
-    assert validation_metrics(Score(1e6, 10), 1)["validation_perplexity"] is None
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert Score(nats=math.log(2) * 300, tokens=100).perplexity == pytest.approx(8)
+    assert Score(nats=1e6, tokens=10).perplexity == math.inf
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])

@@ -7,6 +7,7 @@ import pytest
 
 from gpt1_jax.config import Config, EvaluationConfig, ModelConfig, TrainConfig
 from gpt1_jax.errors import UserError
+from gpt1_jax.generation import decode
 from gpt1_jax.generation.decode import generate, prompt_room, stream
 from gpt1_jax.generation.sampling import GREEDY, Sampling, sample
 from gpt1_jax.model.transformer import bind, init_params
@@ -63,9 +64,7 @@ def test_cached_equals_uncached_token_for_token(params, scan_layers, sampling):
     model = MODEL.model_copy(update={"scan_layers": scan_layers})
     config = CONFIG.model_copy(update={"model": model})
     for length in (1, 2, 11):
-        got = generate(
-            config, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=7, separator_id=NEVER
-        )
+        got = generate(config, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=7, separator_id=NEVER)
         expected = uncached(params, prompt(length), sampling=sampling, max_tokens=5, seed=7, config=model)
         assert tokens_of(got) == [expected] and len(expected) == 5
 
@@ -158,10 +157,12 @@ def test_too_many_tokens_are_refused_at_the_call(params):
         stream(CONFIG, params, [prompt(2)], sampling=GREEDY, max_tokens=16, seed=0, separator_id=NEVER)
 
 
-def test_few_shapes_are_compiled(params):
-    from gpt1_jax.generation import decode
-
-    decode._decode.clear_cache()
+def test_few_shapes_are_compiled(params, monkeypatch):
+    traced = []
+    monkeypatch.setattr(decode, "sample", lambda *args: traced.append(args) or sample(*args))
+    sampling = Sampling(temperature=0.123)  # in no other test, so compiled here
+    counts = []
     for length in (1, 4, 11):
-        generate(CONFIG, params, [prompt(length)], sampling=GREEDY, max_tokens=5, seed=0, separator_id=NEVER)
-    assert decode._decode._cache_size() == 1
+        generate(CONFIG, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=0, separator_id=NEVER)
+        counts.append(len(traced))
+    assert counts[0] > 0 and set(counts) == {counts[0]}

@@ -10,8 +10,8 @@ from gpt1_jax.generation.sampling import GREEDY, Sampling, candidates, sample
 LOGITS = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
 
 
-def kept(**settings: float) -> list[int]:
-    logits, tokens = candidates(LOGITS, Sampling(**settings))
+def kept(top_k: int | None = None, top_p: float = 1.0) -> list[int]:
+    logits, tokens = candidates(LOGITS, Sampling(top_k=top_k, top_p=top_p))
     return tokens[jnp.isfinite(logits)].tolist()
 
 

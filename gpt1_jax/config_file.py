@@ -1,0 +1,231 @@
+"""Reads a configuration: a YAML file and dotted overrides, every mistake in one message."""
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+
+from gpt1_jax.config import Config, Files, HuggingFace, PythonDocs, Tfds
+from gpt1_jax.errors import UserError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the numbers and booleans of YAML 1.2: ``3e-4`` is one, ``no`` and ``1:30`` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, p) for tag, p in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+
+# A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
+_Path = tuple[Hashable, ...]
+_COMMAND_LINE = "command line"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration file and dotted overrides.
+
+    Args:
+        path: YAML file that lists what differs from the defaults.
+        overrides: ``section.key=value`` each, the value in YAML; a later one wins.
+
+    Returns:
+        The validated, frozen configuration.
+
+    Raises:
+        UserError: with every problem of the file and of the overrides in one message.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such configuration file{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As :func:`load_config`, from YAML text; ``source`` names it in messages."""
+    origin: dict[_Path, str] = {}
+    problems: list[str] = []
+    values = _parse_yaml(text, source, origin, problems)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected keys such as 'model:' at the top, found {_shown(values)}")
+    for override in overrides:
+        _apply_override(values, override, origin, problems)
+    try:
+        config = Config.model_validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        problems += _explain(error, values, source, origin)
+    except (TypeError, ValueError) as error:  # a value that JSON cannot hold
+        problems.append(f"{source}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    return nearest(path.name, names) or (f"; {folder} has: {', '.join(sorted(names))}" if names else "")
+
+
+def _parse_yaml(text: str, source: str, origin: dict[_Path, str], problems: list[str]) -> Any:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _Builder(loader, source, origin, problems).build(node, ())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class _Builder:
+    """Builds the values of a YAML document, notes the line of every key, and refuses what has no place in a config."""
+
+    def __init__(self, loader: _Loader, source: str, origin: dict[_Path, str], problems: list[str]):
+        self._loader, self._source = loader, source
+        self._origin, self._problems = origin, problems
+        self._built: set[int] = set()  # ids of the nodes
+
+    def build(self, node: yaml.Node, path: _Path) -> Any:
+        self._origin.setdefault(path, self._where(node))
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+            return self._refuse(node, path, f"the tag {node.tag} is not supported")
+        if isinstance(node, yaml.ScalarNode):
+            return self._loader.construct_object(node)
+        if id(node) in self._built:  # a few aliases of aliases are gigabytes
+            return self._refuse(node, path, "anchors and aliases are not supported; write the value out")
+        self._built.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._loader.construct_object(key_node, deep=True)
+            inner = (*path, key)
+            if not isinstance(key, str):
+                self._refuse(key_node, path, f"keys are words, found {_shown(key)}")
+            elif key in result:
+                self._refuse(key_node, inner, "given twice; keep one of them")
+            else:
+                self._origin[inner] = self._where(key_node)
+                result[key] = self.build(value_node, inner)
+        return result
+
+    def _where(self, node: yaml.Node) -> str:
+        return self._source if self._source == _COMMAND_LINE else f"{self._source}:{node.start_mark.line + 1}"
+
+    def _refuse(self, node: yaml.Node, path: _Path, problem: str) -> None:
+        self._problems.append(": ".join(filter(None, (self._where(node), _dotted(path), problem))))
+
+
+def _apply_override(values: dict[str, Any], override: str, origin: dict[_Path, str], problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"{_COMMAND_LINE}: '{override}': expected key=value, e.g. train.steps=200")
+        return
+    path = tuple(key.strip().split("."))
+    found: dict[_Path, str] = {}
+    value = _parse_yaml(text, _COMMAND_LINE, found, problems)
+    for known in [known for known in origin if known[: len(path)] == path]:
+        del origin[known]
+    origin.update(dict.fromkeys([path, *(path + inner for inner in found)], _COMMAND_LINE))
+    for length in range(1, len(path)):
+        origin.setdefault(path[:length], _COMMAND_LINE)
+    parent: Any = values
+    for part in path[:-1]:
+        parent = parent.setdefault(part, {})
+        if not isinstance(parent, dict):
+            problems.append(f"{_COMMAND_LINE}: {key}: '{part}' is not a section")
+            return
+    parent[path[-1]] = value
+
+
+def _explain(
+    error: pydantic.ValidationError, values: Mapping[str, Any], source: str, origin: Mapping[_Path, str]
+) -> Iterable[str]:
+    """One line a problem: where, key, value, what is wrong, and the nearest valid key."""
+    # pydantic adds the tag of a discriminated union to the path; the file has no such level.
+    found = [(tuple(part for part in e["loc"] if part not in _SOURCE_KINDS), e) for e in error.errors()]
+
+    def where(path: _Path) -> str:
+        return next((origin[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origin), source)
+
+    for path, problem in found:
+        shown = f"{where(path)}: {_dotted(path)}={_shown(problem['input'])}"
+        match problem["type"]:
+            case "extra_forbidden":
+                yield f"{shown}: unknown key{_nearest_key(path, values)}"
+            case "value_error":  # of our own validators, which name the keys themselves
+                for line in str(problem["ctx"]["error"]).splitlines():
+                    keys = [tuple(key.split(".")) for key in re.findall(r"([a-z_0-9.]+)=", line)]
+                    yield f"{where(next((key for key in keys if key in origin), path))}: {line}"
+            case "missing":
+                yield f"{where(path)}: {_dotted(path)}: required, but not given"
+            case "too_short" if any(other[: len(path)] == path and other != path for other, _ in found):
+                pass  # pydantic leaves out invalid items, and then counts what is left
+            case _:
+                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _nearest_key(path: _Path, values: Mapping[str, Any]) -> str:
+    """The valid key nearest to the last of ``path``, in its section first, then anywhere."""
+    here = {key: _dotted((*path[:-1], key)) for key in _section_at(path[:-1], values).model_fields}
+    anywhere = {str(key[-1]): _dotted(key) for key in _all_keys(Config)}
+    for names in (here, anywhere):
+        match = difflib.get_close_matches(str(path[-1]), names, n=1)
+        if match:
+            return f"; did you mean '{names[match[0]]}'?"
+    return f"; valid here: {', '.join(here)}"
+
+
+def _all_keys(section: type[pydantic.BaseModel], prefix: _Path = ()) -> Iterable[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        path = (*prefix, name)
+        yield path
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from _all_keys(field.annotation, path)
+
+
+def _section_at(path: _Path, values: Mapping[str, Any]) -> type[pydantic.BaseModel]:
+    """The section at ``path``; for a source, the one of its kind."""
+    if path[:2] == ("data", "sources"):
+        return _SOURCE_KINDS[values["data"]["sources"][path[2]]["kind"]]
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+    return section
+
+
+_SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Files, Tfds, HuggingFace)
+}
+
+
+def _dotted(path: Iterable[Hashable]) -> str:
+    return ".".join(map(str, path))
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

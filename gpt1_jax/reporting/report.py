@@ -1,0 +1,124 @@
+"""The report of one or several runs: one HTML page that needs nothing beside it, and its pictures as PNG files."""
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.model.transformer import num_parameters
+from gpt1_jax.reporting.charts import CHARTS, XAxis, draw, short
+from gpt1_jax.reporting.records import RunRecords, read_runs
+
+_X_AXES: tuple[XAxis, ...] = ("step", "tokens")
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report of runs; several share every picture.
+
+    Args:
+        runs: their folders.
+        out: the page; None: ``report.html`` in the run's folder, or in the folder above if there are several. The
+            pictures go into a folder beside it, of the same name without ``.html``.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: if a folder holds no run or no metrics yet.
+        DamagedError: if a file is not what training writes.
+    """
+    runs = [Path(run) for run in runs]
+    records = read_runs(runs)
+    page = Path(out) if out else (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = []
+    for chart in CHARTS:
+        pictures = {x_axis: picture for x_axis in _X_AXES if (picture := draw(chart, records, x_axis))}
+        for x_axis, picture in pictures.items():
+            write_atomically(folder / f"{chart.file}_by_{x_axis}.png", picture)
+        if pictures:
+            inline = {x_axis: base64.b64encode(picture).decode() for x_axis, picture in pictures.items()}
+            charts.append({"title": chart.title, "pictures": inline})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gpt1_jax.reporting", "."),
+        autoescape=True,  # what a model writes may look like HTML
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html").render(
+        title=" · ".join(record.name for record in records),
+        runs=records,
+        headline=_headline(records),
+        charts=charts,
+        differences=_differences(records),
+    )
+    write_atomically(page, html.encode())
+    return page
+
+
+def _headline(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
+    """The rows of the first table: what is measured, and its value for each run; rows with no value are left out."""
+    columns = [_figures(run) for run in runs]
+    rows = [(name, [column[name] or "–" for column in columns]) for name in columns[0]]  # noqa: RUF001
+    return [row for row in rows if any(value != "–" for value in row[1])]  # noqa: RUF001
+
+
+def _figures(run: RunRecords) -> dict[str, str | None]:
+    last, evaluation = run.steps[-1], run.evaluations[-1] if run.evaluations else {}
+    # The final evaluation reads the whole split; those while training may stop at evaluation.max_tokens.
+    final = run.final if run.final.get("split") == "validation" else {}
+    rates = [step["tokens_per_second"] for step in run.steps if step.get("tokens_per_second")]
+    shares = [100 * step["mfu"] for step in run.steps if step.get("mfu")]
+    # Counting does not depend on the dtype, which a configuration may leave open.
+    model = run.config.model.model_copy(update={"dtype": "float32"})
+    return {
+        "Parameters": f"{num_parameters(model):,}",
+        "Steps": f"{last['step']:,} of {run.config.train.steps:,}",
+        "Tokens seen": f"{last['tokens']:,}",
+        "Training loss, nats per token": _shown(last["loss"], ".3f"),
+        "Validation loss, nats per token": _shown(evaluation.get("validation_loss"), ".3f"),
+        "Validation perplexity, per token": _shown(
+            final.get("perplexity", evaluation.get("validation_perplexity")), ",.2f"
+        ),
+        "Validation perplexity, per word": _shown(final.get("word_perplexity"), ",.2f"),
+        "Validation bits per byte": _shown(
+            final.get("bits_per_byte", evaluation.get("validation_bits_per_byte")), ".3f"
+        ),
+        "the same of xz": _shown(final.get("xz_bits_per_byte"), ".3f"),
+        "Tokens per second, median": short(statistics.median(rates)) if rates else None,
+        "Model FLOPs utilisation, median": _shown(statistics.median(shares) if shares else None, ".1f", " %"),
+        "Training time": _duration(last.get("seconds")),
+    }
+
+
+def _shown(value: float | None, spec: str, unit: str = "") -> str | None:
+    return None if value is None else f"{value:{spec}}{unit}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _differences(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
+    """The keys of the configuration in which the runs differ, and their values."""
+    columns = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [(key, [str(column.get(key, "")) for column in columns]) for key in keys if key != "name"]
+    return [row for row in rows if len(set(row[1])) > 1]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

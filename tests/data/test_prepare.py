@@ -1,0 +1,357 @@
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gpt1_jax.config import Config
+from gpt1_jax.config_file import parse_config
+from gpt1_jax.data import prepare as preparation
+from gpt1_jax.data.collect import split_of
+from gpt1_jax.data.manifest import read_manifest, sha256_of
+from gpt1_jax.data.pool import ordered_map
+from gpt1_jax.data.prepare import corpus_dir, prepare, read_documents
+from gpt1_jax.errors import GPT1Error, StorageError, UserError
+from gpt1_jax.text.tokenizer import SentencePieceTokenizer, train_tokenizer
+
+WORDS = "the of and to in is was he for it with as his on be at by had not are but from or have an they which".split()
+
+
+def story(number: int, words: int = 60) -> str:
+    draw = random.Random(number)
+    return f"Story {number}: " + " ".join(draw.choices(WORDS, k=words)) + ".\nThe end.\n"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in range(120)))
+    pq.write_table(pa.table({"text": [story(n) for n in range(100, 200)]}), folder / "b.parquet")
+    (folder / "c.txt").write_text(story(0) + "ﬁn — schÃ¶n\u2581")
+    (folder / "d.txt").write_text("short")
+    (folder / "e.txt").write_bytes(b"\xff\xfe")
+    return folder
+
+
+def config(texts: Path, root: Path, *overrides: str, paths: str = "['*.jsonl', '*.parquet', '*.txt']") -> Config:
+    globs = [str(texts / name) for name in json.loads(paths.replace("'", '"'))]
+    sources = [{"kind": "files", "paths": globs[:1]}] + ([{"kind": "files", "paths": globs[1:]}] if globs[1:] else [])
+    return parse_config(
+        "model: {vocab_size: 400}\ndata: {workers: 1, validation_fraction: 0.1, shard_tokens: 3000}",
+        "test",
+        [f"data.root={root}", f"data.sources={json.dumps(sources)}", *overrides],
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus(texts, tmp_path_factory) -> Path:
+    return prepare(config(texts, tmp_path_factory.mktemp("root")))
+
+
+def test_manifest_counts_what_was_read_and_dropped(corpus):
+    manifest = read_manifest(corpus)
+    first, second = manifest.sources
+    assert (first.read, first.kept, first.dropped) == (120, 120, {})
+    assert (second.read, second.kept) == (103, 81)
+    assert second.dropped == {"duplicate": 20, "invalid_utf8": 1, "too_short": 1}
+    assert sum(split.documents for split in manifest.splits.values()) == 201
+    for split, counts in manifest.splits.items():
+        found = [text for text, _ in read_documents(corpus, split)]
+        assert counts.documents == len(found)
+        assert counts.bytes == sum(len(text.encode()) for text in found)
+        assert counts.words == sum(len(text.split()) for text in found)
+        assert counts.tokens == sum(shard.tokens for shard in manifest.shards_of(split))
+
+
+def test_checksums_cover_every_file(corpus):
+    files = contents(corpus)
+    del files["manifest.json"]
+    manifest = read_manifest(corpus)
+    assert {name: found.sha256 for name, found in manifest.files.items()} == files
+    assert all((corpus / name).stat().st_size == found.bytes for name, found in manifest.files.items())
+    assert corpus.name == f"{manifest.name}-{manifest.fingerprint}"
+    assert [path.name for path in corpus.parent.iterdir()] == [corpus.name]
+
+
+def test_tokens_are_those_of_the_documents(corpus):
+    manifest = read_manifest(corpus)
+    tokenizer = SentencePieceTokenizer.from_file(corpus / "tokenizer.model")
+    assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
+    assert (manifest.vocab_size, manifest.separator_id) == (400, tokenizer.separator_id)
+    for split in ("train", "validation"):
+        documents = [text for text, _ in read_documents(corpus, split)]
+        first = 0
+        for shard in manifest.shards_of(split):
+            tokens = np.fromfile(corpus / shard.file, manifest.dtype)
+            offsets = np.fromfile(corpus / shard.offsets_file, "<i8")
+            assert shard.first_document == first
+            assert len(tokens) == shard.tokens == offsets[-1] <= 3000
+            assert len(offsets) == shard.documents + 1
+            for number, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+                assert tokens[end - 1] == tokenizer.separator_id
+                assert np.array_equal(tokens[start : end - 1], tokenizer.encode(documents[first + number]))
+            first += shard.documents
+        assert first == len(documents)
+    numbers = [(shard.split, shard.source, shard.file) for shard in manifest.shards]
+    assert len(numbers) > 4
+    assert numbers == sorted(numbers)
+
+
+def test_documents_keep_order_identity_and_split(corpus, texts):
+    found = {split: list(read_documents(corpus, split)) for split in ("train", "validation")}
+    for split, documents in found.items():
+        assert all(split_of(text, 0.1) == split for text, _ in documents)
+        lines = [int(identity.rpartition(":")[2]) for _, identity in documents if "a.jsonl" in identity]
+        assert lines == sorted(lines)
+    everything = dict(identity_text[::-1] for split in found.values() for identity_text in split)
+    assert everything[f"{texts}/a.jsonl:3"] == story(2)
+    assert everything[f"{texts}/b.parquet:25"] == story(125)
+    assert everything[f"{texts}/c.txt"] == story(0) + "fin — schön\u2581"
+    with pytest.raises(UserError, match="'test'"):
+        read_documents(corpus, "test")
+
+
+def test_a_document_stays_in_its_split_when_others_come():
+    assert split_of("abc", 0.72) == "train"  # SHA-256 of abc begins with ba7816bf: 0.728...
+    assert split_of("abc", 0.73) == "validation"
+    assert hashlib.sha256(b"abc").hexdigest().startswith("ba7816bf")
+    share = sum(split_of(story(n), 0.1) == "validation" for n in range(3000)) / 3000
+    assert 0.08 < share < 0.12
+
+
+def test_second_call_does_nothing(corpus, texts, monkeypatch):
+    monkeypatch.setattr(preparation, "_run_stages", None)
+    times = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    assert prepare(config(texts, corpus.parent)) == corpus
+    assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == times
+
+
+def test_folder_depends_on_contents_alone(corpus, texts):
+    def folder(*overrides):
+        return corpus_dir(config(texts, corpus.parent, *overrides))
+
+    assert folder() == corpus
+    assert folder("data.workers=2", "data.prefetch=7", "train.steps=5000", "seed=3") == corpus
+    sources = [{**source.model_dump(mode="json"), "weight": 2.5} for source in config(texts, corpus).data.sources]
+    assert folder(f"data.sources={json.dumps(sources)}") == corpus
+    changes = ["model.vocab_size=401", "data.cleaning.standardize=true", "data.validation_fraction=0.2",
+               "data.shard_tokens=4000", "data.tokenizer.sample_bytes=9", "data.cleaning.min_chars=3"]  # fmt: skip
+    assert len({folder(change) for change in changes} | {corpus}) == 1 + len(changes)
+
+
+def test_result_does_not_depend_on_workers(corpus, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt1_jax.data.collect._BATCH_CHARS", 5000)
+    monkeypatch.setattr("gpt1_jax.data.encode._JOB_BYTES", 5000)
+    assert contents(prepare(config(texts, tmp_path, "data.workers=2"))) == contents(corpus)
+
+
+# Runs in a process of its own, which kills itself at the n-th call of one of the named functions.
+KILLED = """
+import os, signal, sys
+from gpt1_jax.config_file import parse_config
+from gpt1_jax.data import collect, documents, encode, prepare, storage
+if __name__ == "__main__":
+    module, name, calls, yaml = sys.argv[1:]
+    owner, left = sys.modules["gpt1_jax.data." + module], int(calls)
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part)
+    function = getattr(owner, name.split(".")[-1])
+    def deadly(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(owner, name.split(".")[-1], deadly)
+    prepare.prepare(parse_config(yaml, "test"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "calls"),
+    [
+        ("collect", "_Collector.add", 50),
+        ("documents", "_DeterministicWriter._ordered", 60),
+        ("prepare", "train_tokenizer", 0),
+        ("encode", "_ShardWriter.close_shard", 2),
+        ("encode", "_encode", 1),
+        ("prepare", "sha256_of", 3),
+        ("prepare", "shutil.rmtree", 0),
+    ],
+)
+def test_killed_preparation_goes_on_to_the_same_bytes(corpus, texts, tmp_path, module, name, calls):
+    settings = config(texts, tmp_path)
+    command = [sys.executable, "-c", KILLED, module, name, str(calls), settings.to_yaml()]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not corpus_dir(settings).exists()
+    assert contents(prepare(settings)) == contents(corpus)
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+
+
+def test_stages_that_are_done_are_not_redone(texts, tmp_path, monkeypatch):
+    settings = config(texts, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(settings)
+    for stage in ("write_documents", "train_tokenizer"):
+        monkeypatch.setattr(preparation, stage, None)
+    monkeypatch.setattr("gpt1_jax.data.collect._Collector", None)
+    monkeypatch.setattr("gpt1_jax.data.encode._encode", None)
+    assert prepare(settings) == corpus_dir(settings)
+
+
+def test_two_preparers_at_once(corpus, texts, tmp_path):
+    results, waited = [], []
+
+    def run():
+        results.append(prepare(config(texts, tmp_path), lambda stage, *_: waited.append(stage.startswith("waiting"))))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == 1 == len(results) // 3
+    assert any(waited)
+    assert contents(results[0]) == contents(corpus)
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+
+
+def test_given_tokenizer(texts, tmp_path):
+    model = train_tokenizer([story(n) for n in range(50)], 350)
+    (tmp_path / "my.model").write_bytes(model.to_bytes())
+    given = f"data.tokenizer.file={tmp_path / 'my.model'}"
+    with pytest.raises(UserError, match=r"has 350 pieces, but model\.vocab_size=400"):
+        prepare(config(texts, tmp_path / "root", given))
+    assert not (tmp_path / "root").exists()
+    folder = prepare(config(texts, tmp_path / "root", given, "model.vocab_size=350"))
+    assert (folder / "tokenizer.model").read_bytes() == model.to_bytes()
+
+
+def test_tokenizer_is_trained_on_a_bounded_sample(texts, tmp_path, monkeypatch):
+    samples = []
+    monkeypatch.setattr(
+        preparation, "train_tokenizer", lambda texts, size: train_tokenizer(samples.append(list(texts)) or samples[-1], size)
+    )
+    folder = prepare(config(texts, tmp_path, "data.tokenizer.sample_bytes=10000", "model.vocab_size=320"))
+    (sample,) = samples
+    train = [text for text, _ in read_documents(folder, "train")]
+    assert 5000 < sum(len(text.encode()) for text in sample) <= 10_000
+    assert set(sample[:-1]) <= set(train)
+    places = [train.index(text) for text in sample[:-1]]
+    assert places[0] == 0
+    assert places[-1] > 0.9 * len(train) - len(train) / len(sample)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.cleaning.on_invalid=error"], r"e\.txt: .*invalid_utf8.*on_invalid=skip"),
+        (["data.cleaning.min_chars=100000"], r"no document is left; dropped:\n  too_short, e\.g\. .*a\.jsonl:1"),
+        (["data.validation_fraction=0.0001"], r"validation split is empty: .*validation_fraction=0\.0001; raise it"),
+        (["data.validation_fraction=0.99999"], r"train split is empty: .*validation_fraction=0\.99999; lower it"),
+        (["model.vocab_size=9000"], r"largest possible vocabulary is \d+"),
+    ],
+)
+def test_mistakes_are_explained(texts, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config(texts, tmp_path, *overrides))
+
+
+def test_long_documents_are_whole(tmp_path):
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": story(n, 50 * n)}) + "\n" for n in range(1, 60)))
+    settings = config(tmp_path, tmp_path / "root", "data.shard_tokens=500", "model.vocab_size=380", paths="['*.jsonl']")
+    manifest = read_manifest(prepare(settings))
+    assert all(shard.tokens <= 500 or shard.documents == 1 for shard in manifest.shards)
+    assert any(shard.tokens > 2000 for shard in manifest.shards)
+
+
+def test_large_vocabulary_takes_four_bytes():
+    assert preparation.token_dtype(65536) == np.dtype("<u2")
+    assert preparation.token_dtype(65537) == np.dtype("<u4")
+
+
+def test_full_disk_is_a_storage_error(texts, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt1_jax.data.encode.os.fsync", full)
+        with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
+            prepare(config(texts, tmp_path))
+    prepare(config(texts, tmp_path))
+
+
+def square(number: int) -> int:
+    if number == -1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == -2:
+        raise UserError("minus two")
+    return number * number
+
+
+def test_map_keeps_order_and_is_lazy():
+    assert list(ordered_map(square, range(50), 2)) == [n * n for n in range(50)]
+    taken = []
+    results = ordered_map(square, (taken.append(n) or n for n in range(1000)), 2)
+    next(results)
+    assert len(taken) < 20
+    results.close()
+    assert list(ordered_map(square, [], 2)) == []
+
+
+def test_killed_or_failing_worker_is_an_error_and_no_hang():
+    with pytest.raises(GPT1Error, match="worker process was killed"):
+        list(ordered_map(square, [1, 2, 3, -1, 4, 5], 2))
+    with pytest.raises(UserError, match="minus two"):
+        list(ordered_map(square, [1, 2, -2, 4], 2))
+
+
+ORPHANS = """
+import os, signal, time
+from gpt1_jax.data.pool import ordered_map
+if __name__ == "__main__":
+    results = ordered_map(os.getpgid, [0] * 100, 2)
+    next(results)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "orphans.py"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    with process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _group_lives(process.pid):
+        time.sleep(0.1)
+    assert not _group_lives(process.pid)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

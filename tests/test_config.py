@@ -1,0 +1,193 @@
+import json
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pydantic
+import pytest
+
+from gpt1_jax.config import Config
+from gpt1_jax.config_file import load_config, parse_config
+from gpt1_jax.errors import UserError
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        parse_config(text, "c.yaml", overrides)
+    return str(error.value).splitlines()
+
+
+def test_defaults_are_the_papers():
+    config = Config()
+    model, optimizer = config.model, config.optimizer
+    assert (model.num_layers, model.embed_dim, model.num_heads, model.mlp_dim) == (12, 768, 12, 3072)
+    assert (model.context_length, model.vocab_size, model.head_dim) == (512, 40478, 64)
+    assert (model.dropout, model.attention_dropout) == (0.1, 0.1)
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.weight_decay) == (2.5e-4, 2000, 0.01)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
+    assert config.train.batch_size == 64
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_names_itself_and_says_how_to_run_it(path: Path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert path.read_text().startswith("#")
+    assert f"gpt1 train {path}" in path.read_text()
+
+
+def test_shipped_gpt1_differs_from_the_defaults_in_its_corpus_alone():
+    config = load_config("configs/gpt1.yaml")
+    assert config.model_copy(update={"data": Config().data}) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_resolved_config_loads_again(path: Path):
+    config = load_config(path, ["train.steps=777_777"])
+    assert parse_config(config.to_yaml(), "resolved") == config
+
+
+def test_it_is_frozen():
+    with pytest.raises(pydantic.ValidationError):
+        Config().seed = 3
+
+
+def test_all_errors_come_in_one_message_with_place_value_and_nearest_key():
+    text = "train:\n  stepz: 3\n  batch_size: 0\nmodell: {}\noptimizer:\n  beta1: fast\nembed_dim: 3\n"
+    assert sorted(problems(text, "train.log_every=no")) == [
+        "c.yaml:2: train.stepz=3: unknown key; did you mean 'train.steps'?",
+        "c.yaml:3: train.batch_size=0: input should be greater than 0",
+        "c.yaml:4: modell={}: unknown key; did you mean 'model'?",
+        'c.yaml:6: optimizer.beta1="fast": input should be a valid number',
+        "c.yaml:7: embed_dim=3: unknown key; did you mean 'model.embed_dim'?",
+        'command line: train.log_every="no": input should be a valid integer',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {num_heads: 7}", ["model.num_heads=7", "model.embed_dim=768"]),
+        ("train: {context_length: 513}", ["train.context_length=513", "model.context_length=512"]),
+        ("train: {steps: 10}", ["optimizer.warmup_steps=2000", "train.steps=10"]),
+        ("train: {steps: 0}", ["train.steps=0"]),
+        ("train: {batch_size: 64, accumulation: 3}", ["train.accumulation=3", "train.batch_size=64"]),
+        ("mesh: {data: null, fsdp: null}", ["mesh.data", "mesh.fsdp"]),
+        ("evaluation: {stride: 600}", ["evaluation.stride=600", "model.context_length=512"]),
+        ("evaluation: {sample_tokens: 512}", ["evaluation.sample_tokens=512", "model.context_length=512"]),
+        ("data: {cleaning: {min_chars: 9, max_chars: 3}}", ["min_chars=9", "max_chars=3"]),
+        ("name: a/b", ['name="a/b"']),
+        ("seed: -1", ["seed=-1"]),
+        ("optimizer: {learning_rate: .inf}", ["learning_rate"]),
+    ],
+)
+def test_what_contradicts_itself_is_refused(text: str, expected: list[str]):
+    (line,) = problems(text)
+    assert line.startswith("c.yaml:1: ")
+    for part in expected:
+        assert part in line
+
+
+def test_a_source_is_checked_by_its_kind():
+    text = "data:\n  sources:\n    - kind: files\n      path: [a]\n    - kind: filse\n"
+    lines = problems(text)
+    assert any("c.yaml:4: data.sources.0.path=" in line and "data.sources.0.paths" in line for line in lines)
+    assert any(line.startswith("c.yaml:3: data.sources.0.paths: required") for line in lines)
+    assert any("c.yaml:5" in line and "filse" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("3E-4", 3e-4), ("1", 1.0), (".5", 0.5), ("1_0.0", 10.0), ("+1.5e+1", 15.0)],
+)
+def test_numbers_that_yaml_1_1_reads_as_words(text: str, value: float):
+    assert parse_config(f"optimizer: {{learning_rate: {text}}}", "c").optimizer.learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "1", "'true'", "True"])
+def test_only_true_and_false_are_booleans(text: str):
+    (line,) = problems(f"logging: {{tensorboard: {text}}}")
+    assert "logging.tensorboard" in line
+
+
+def test_true_is_no_number():
+    (line,) = problems("train: {batch_size: true}")
+    assert "train.batch_size=true" in line
+
+
+def test_duplicate_keys_are_refused():
+    assert problems("seed: 1\nseed: 2\n") == ["c.yaml:2: seed: given twice; keep one of them"]
+
+
+def test_yaml_mistakes_name_the_line():
+    (line,) = problems("model:\n  num_layers: [1\n")
+    assert line.startswith("c.yaml:3: not valid YAML")
+
+
+def test_tags_that_would_run_code_are_refused():
+    assert "c.yaml:1: name: the tag" in problems("name: !!python/object/apply:os.system ['true']\n")[0]
+
+
+def test_aliases_are_refused():
+    assert "aliases are not supported" in problems("model: &a {num_layers: 3}\ntrain: *a\n")[0]
+
+
+def test_overrides_win_and_the_last_one_most():
+    config = parse_config("train: {batch_size: 4}", "c", ["train.batch_size=8", "train.batch_size=16", "name=x"])
+    assert (config.train.batch_size, config.name) == (16, "x")
+
+
+def test_overrides_take_lists():
+    sources = parse_config("", "c", ["data.sources=[{kind: files, paths: [a, b]}]"]).data.sources
+    assert sources[0].paths == ("a", "b")
+
+
+@pytest.mark.parametrize("override", ["train.batch_size", "=3", "name.x=3"])
+def test_malformed_overrides_are_named(override: str):
+    (line,) = problems("", override)
+    assert line.startswith("command line: ")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path):
+    (tmp_path / "tiny.yaml").touch()
+    with pytest.raises(UserError, match=r"tny\.yaml.*did you mean 'tiny\.yaml'"):
+        load_config(tmp_path / "tny.yaml")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(
+    st.dictionaries(st.sampled_from([*Config.model_fields, "x"]), json_values, max_size=4),
+    st.lists(st.text(max_size=20), max_size=2),
+)
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_whatever_is_given_is_loaded_or_refused_as_the_users_mistake(values: dict, overrides: list[str]):
+    try:
+        config = parse_config(json.dumps(values), "c", overrides)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert parse_config(config.to_yaml(), "again") == config
+
+
+def test_every_key_is_read_somewhere():
+    code = "\n".join(path.read_text() for path in Path("gpt1_jax").rglob("*.py") if not path.name.startswith("config"))
+
+    def leaves(section: type[pydantic.BaseModel]):
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+                yield from leaves(field.annotation)
+            else:
+                yield name
+
+    read_by_config = {"warmup_steps", "runs_dir", "name"}
+    axes = {"data", "fsdp", "tensor"}  # read together, as the sizes of the mesh
+    unread = [name for name in leaves(Config) if f".{name}" not in code]
+    assert set(unread) <= read_by_config | axes
