@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from gpt1_jax.config import Config
+    from gpt1_jax.data.collect import Progress
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.evaluation.figures import Figures
     from gpt1_jax.training.loop import Evaluate
@@ -56,7 +58,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fal
     from gpt1_jax.data.manifest import read_manifest
     from gpt1_jax.data.prepare import prepare as prepare_corpus
 
-    folder = prepare_corpus(load_config(config, overrides or ()), progress=_say)
+    folder = prepare_corpus(load_config(config, overrides or ()), progress=_prepare_progress())
     manifest = read_manifest(folder)
     if as_json:
         shown = manifest.model_dump(mode="json", include={"name", "fingerprint", "vocab_size", "sources", "splits"})
@@ -100,7 +102,7 @@ def train(
     mesh = make_mesh(settings.mesh)
     check_mesh(settings, mesh)
     check_run(settings, allow_changes)
-    corpus = Corpus(prepare_corpus(settings, progress=_say))
+    corpus = Corpus(prepare_corpus(settings, progress=_prepare_progress()))
     tokenizer = SentencePieceTokenizer.from_file(corpus.tokenizer_file)
     train_run(settings, corpus, tokenizer, mesh, _validation(settings, corpus, mesh), allow_changes)
     _finish(settings.run_dir, corpus, mesh, as_json)
@@ -158,8 +160,6 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text, printed as it is generated, up to the end of the document."""
-    import time
-
     from gpt1_jax.generation.decode import prompt_room, stream
     from gpt1_jax.generation.detokenize import Detokenizer
     from gpt1_jax.generation.sampling import Sampling
@@ -221,11 +221,32 @@ def _open(path: Path) -> "Run":
 
 
 def _corpus_of(run: "Run") -> "Corpus":
-    """The corpus that a run was trained on."""
+    """The corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed."""
     from gpt1_jax.data.corpus import Corpus
-    from gpt1_jax.data.prepare import corpus_dir
 
-    return Corpus(corpus_dir(run.config))
+    root = Path(run.config.data.root)
+    folders = list(root.glob(f"*-{run.corpus}"))
+    if not folders:
+        raise UserError(
+            f"{root}: the corpus of {run.path} (fingerprint {run.corpus}) is not here; "
+            "run from the folder that it was trained from, or evaluate text files with --text FILE"
+        )
+    return Corpus(folders[0])
+
+
+def _prepare_progress() -> "Progress":
+    """Says which stage the preparation is in, and every few seconds how far."""
+    last = ("", 0.0)
+
+    def show(stage: str, done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stage != last[0] or now - last[1] > 5:
+            last = (stage, now)
+            of = f" of {total:,}" if total else ""
+            _say(f"prepare: {stage}" + (f" ({done:,}{of})" if done else ""))
+
+    return show
 
 
 def _evaluate_split(run: "Run", corpus: "Corpus", split: Literal["train", "validation"]) -> "Figures":
@@ -253,7 +274,7 @@ def _validation(config: "Config", corpus: "Corpus", mesh: "Mesh") -> "Evaluate":
         bits_per_byte = loss / math.log(2) * counts.tokens / counts.bytes
         return {
             "validation_loss": loss,
-            "validation_perplexity": score.perplexity,
+            "validation_perplexity": math.exp(loss),
             "validation_bits_per_byte": bits_per_byte,
         }
 
@@ -278,7 +299,7 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
         done = {"step": opened.step, **dataclasses.asdict(figures)}
         _write(evaluation, json.dumps(done) + "\n")
         write_report([path], None)
-    figures = Figures(**{key: value for key, value in done.items() if key != "step"})
+    figures = Figures(**{field.name: done[field.name] for field in dataclasses.fields(Figures)})
     sample = json.loads(samples.read_text().splitlines()[0])
     if as_json:
         _print_json({"run": str(path), **done, "sample": sample, "report": str(page)})

@@ -24,11 +24,11 @@ class _DeterministicWriter(writer.ExampleWriter):
     """Writes the fields of a record in a fixed order: protobuf's maps have a different one in every process."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        return super().write(path, ((key, self._ordered(example)) for key, example in examples))
+        return super().write(path, ((key, _ordered(example)) for key, example in examples))
 
-    @staticmethod
-    def _ordered(example: bytes) -> bytes:
-        return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
+
+def _ordered(example: bytes) -> bytes:
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
 class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):

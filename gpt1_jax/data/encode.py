@@ -123,7 +123,7 @@ class _ShardWriter:
                 self._file = open(self._work / "open.tokens", "wb")
                 self._offsets, self._first = [0], encoded.job.start + at
             room = self._limit - self._offsets[-1]
-            stop = int(np.searchsorted(ends, begin + room, side="right"))
+            stop = max(at, int(np.searchsorted(ends, begin + room, side="right")))
             if stop == at and len(self._offsets) == 1:  # one document that is longer than a shard
                 stop = at + 1
             if stop == at:

@@ -103,13 +103,13 @@ def stream(
     room = prompt_room(config, max_tokens)
     fitted = [(prompt if len(prompt) else np.array([separator_id]))[-room:] for prompt in prompts]
     prefill = partial(_prefill, config=config.model, slots_of_new=_bucket(max_tokens))
-    decode = partial(_decode, config=config.model, sampling=sampling, separator_id=separator_id, chunk=chunk)
+    decode = partial(_decode, config=config.model, sampling=sampling, chunk=chunk)
 
     def pieces() -> Iterator[list[np.ndarray]]:
         state = prefill(params, *_pad(fitted, separator_id), seed)
         left, ended = max_tokens, not fitted
         while left and not ended:
-            state, new_BC, count = decode(params, state, left)
+            state, new_BC, count = decode(params, state, left, separator_id)
             left -= int(count)
             rows = _to_host(new_BC)[: len(fitted), : int(count)]
             yield [row[: np.argmax(np.append(row, separator_id) == separator_id)] for row in rows]
@@ -176,15 +176,15 @@ def _prefill(
     return _State(cache, tokens_BP[:, -1], ~real_B, jnp.int32(width - 1), pads_B, keys_B)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "separator_id", "chunk"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "sampling", "chunk"), donate_argnames="state")
 def _decode(
     params: Params,
     state: _State,
     limit: Int[Array, ""],
+    separator_id: Int[Array, ""],
     *,
     config: ModelConfig,
     sampling: Sampling,
-    separator_id: int,
     chunk: int,
 ) -> tuple[_State, Int[Array, "B C"], Int[Array, ""]]:
     """Decodes until ``limit`` or ``chunk`` tokens are new or every row has ended.

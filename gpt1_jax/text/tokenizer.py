@@ -19,8 +19,7 @@ _TRAINING_THREADS = 8  # written into the model, so fixed: the same sample gives
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")  # str.splitlines also splits at eight other characters
 # What a model must give back unchanged: runs of spaces, control characters, scripts, the marks that models use.
 _PROBE = (
-    "A b  c   \n\n \tx\r\n\0\x01 été ﬁ ½ 漢字 😀 "
-    "<unk> <s> </s> <|endoftext|> <0x41> a\u2581b \u2581\n \n\ufeff\u2028."
+    "A b  c   \n\n \tx\r\n\0\x01 été ﬁ ½ 漢字 😀 <unk> <s> </s> <|endoftext|> <0x41> a\u2581b \u2581\n \n\ufeff\u2028."
 )
 
 

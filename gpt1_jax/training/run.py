@@ -43,6 +43,7 @@ class Run:
         path: the run's folder.
         config: the configuration that it was trained with.
         step: updates made.
+        corpus: fingerprint of the corpus that it was trained on.
         tokenizer: the tokenizer that it was trained with.
         mesh: the devices that hold the weights.
         params: the weights, float32.
@@ -51,6 +52,7 @@ class Run:
     path: Path
     config: Config
     step: int
+    corpus: str
     tokenizer: Tokenizer
     mesh: Mesh
     params: Params
@@ -83,7 +85,7 @@ def open_run(path: str | Path, mesh: Mesh) -> Run:
             layouts,
         )
         params = checkpoints.restore_params(step, abstract)
-    return Run(path, config, step, SentencePieceTokenizer.from_bytes(files.tokenizer), mesh, params)
+    return Run(path, config, step, files.corpus, SentencePieceTokenizer.from_bytes(files.tokenizer), mesh, params)
 
 
 def check_run(config: Config, allow_changes: bool) -> None:

@@ -59,7 +59,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": learning_rate_schedule(config.optimizer, config.train.steps)(state.step),
     }
     return TrainState(state.step + 1, params, opt_state, state.key), metrics

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def test_tokens_are_those_of_the_documents(corpus):
             assert shard.first_document == first
             assert len(tokens) == shard.tokens == offsets[-1] <= 3000
             assert len(offsets) == shard.documents + 1
-            for number, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+            for number, (start, end) in enumerate(itertools.pairwise(offsets)):
                 assert tokens[end - 1] == tokenizer.separator_id
                 assert np.array_equal(tokens[start : end - 1], tokenizer.encode(documents[first + number]))
             first += shard.documents
@@ -187,7 +188,7 @@ if __name__ == "__main__":
     ("module", "name", "calls"),
     [
         ("collect", "_Collector.add", 50),
-        ("documents", "_DeterministicWriter._ordered", 60),
+        ("documents", "_ordered", 60),
         ("prepare", "train_tokenizer", 0),
         ("encode", "_ShardWriter.close_shard", 2),
         ("encode", "_encode", 1),
@@ -248,7 +249,9 @@ def test_given_tokenizer(texts, tmp_path):
 def test_tokenizer_is_trained_on_a_bounded_sample(texts, tmp_path, monkeypatch):
     samples = []
     monkeypatch.setattr(
-        preparation, "train_tokenizer", lambda texts, size: train_tokenizer(samples.append(list(texts)) or samples[-1], size)
+        preparation,
+        "train_tokenizer",
+        lambda texts, size: train_tokenizer(samples.append(list(texts)) or samples[-1], size),
     )
     folder = prepare(config(texts, tmp_path, "data.tokenizer.sample_bytes=10000", "model.vocab_size=320"))
     (sample,) = samples

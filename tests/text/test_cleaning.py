@@ -8,7 +8,7 @@ from gpt1_jax.text.document import Document, Skipped
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("one—two–three―four", "one - two - three - four"),  # noqa: RUF001
+        ("one—two–three―four", "one - two - three - four"),
         ("wait… no´s", "wait... no's"),
         ("Really?!", "Really ? !"),
         ("what??? (yes)", "what ??? ( yes )"),

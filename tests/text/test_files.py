@@ -42,7 +42,7 @@ def jsonl(*records):
 def test_every_format_plain_and_compressed(tmp_path, suffix):
     pq.write_table(pa.table({"text": [f"row {n}" for n in range(150)], "other": range(150)}), tmp_path / "p")
     contents = {
-        "a.txt": "ein Text\nzwei".encode(),
+        "a.txt": b"ein Text\nzwei",
         "b.md": b"# title",
         "c.jsonl": jsonl({"text": "one"}, {"text": "two"}),
         "d.parquet": (tmp_path / "p").read_bytes(),

@@ -86,7 +86,10 @@ def test_text_without_spaces_gives_a_sound_model():
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(5000, r"vocab_size=5000.*largest possible vocabulary is \d+"), (100, r"=100.*smallest possible vocabulary is \d+")],
+    [
+        (5000, r"vocab_size=5000.*largest possible vocabulary is \d+"),
+        (100, r"=100.*smallest possible vocabulary is \d+"),
+    ],
 )
 def test_impossible_size_says_what_is_possible(size, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -113,7 +116,8 @@ def test_models_that_change_text_are_refused(tmp_path, setting):
     sound = {"normalization_rule_name": "identity", "byte_fallback": True, "remove_extra_whitespaces": False}
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")), model_prefix=str(tmp_path / "m"), model_type="bpe", minloglevel=3,
-        vocab_size=330 if setting.get("byte_fallback", True) else 150, **{**sound, "add_dummy_prefix": False, **setting},
+        vocab_size=330 if setting.get("byte_fallback", True) else 150,
+        **{**sound, "add_dummy_prefix": False, **setting},
     )  # fmt: skip
     with pytest.raises(UserError, match="changes text"):
         SentencePieceTokenizer.from_file(tmp_path / "m.model")

@@ -1,0 +1,110 @@
+"""Encoding speed on one core, beside the ``tokenizers`` library: the same text, the same vocabulary size.
+
+    python benchmarks/tokenizer_speed.py TEXT_FILE [--vocab-size 40478] [--output tokenizer_speed.json]
+
+Both are trained on the text, BPE with byte fallback, no normalisation. ``tokenizers`` is measured in two forms: with
+its usual byte-level pre-tokenizer, which makes it fast, and with SentencePiece's rules. They take turns, in one
+process on one thread; the median of the rounds counts. Needs the extra ``bench``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+os.environ["RAYON_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from gpt1_jax.text.tokenizer import train_tokenizer
+
+_ROUNDS = 5
+
+
+def main() -> None:
+    """Prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="a UTF-8 text file of a few megabytes or more")
+    parser.add_argument("--vocab-size", type=int, default=40478)
+    parser.add_argument("--megabytes", type=float, default=8, help="encoded in each round")
+    parser.add_argument("--output", type=Path, default=Path("tokenizer_speed.json"))
+    arguments = parser.parse_args()
+
+    text = arguments.text.read_text(encoding="utf-8")
+    documents = _documents(text, int(arguments.megabytes * 1e6))
+    lines = [line for line in text.split("\n") if line]
+    contestants: dict[str, Callable[[Sequence[str]], int]] = {}
+    ours = train_tokenizer([text], arguments.vocab_size)
+    contestants["gpt1_jax"] = lambda texts: sum(map(len, ours.encode_batch(texts)))
+    for name, byte_level in (("tokenizers, byte level", True), ("tokenizers, SentencePiece rules", False)):
+        peer = _peer(lines, arguments.vocab_size, byte_level)
+        contestants[name] = lambda texts, peer=peer: sum(len(found.ids) for found in peer.encode_batch_fast(texts))
+
+    size = sum(len(document.encode()) for document in documents)
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    tokens: dict[str, int] = {}
+    for _ in range(_ROUNDS):
+        for name, encode in contestants.items():
+            start = time.perf_counter()
+            tokens[name] = encode(documents)
+            speeds[name].append(size / 1e6 / (time.perf_counter() - start))
+    result = {
+        "bytes": size,
+        "documents": len(documents),
+        "vocab_size": arguments.vocab_size,
+        "megabytes_per_second": {name: round(statistics.median(found), 2) for name, found in speeds.items()},
+        "spread": {name: [round(min(found), 2), round(max(found), 2)] for name, found in speeds.items()},
+        "bytes_per_token": {name: round(size / count, 3) for name, count in tokens.items()},
+        "versions": {name: metadata.version(name) for name in ("sentencepiece", "tokenizers")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{size / 1e6:.1f} MB in {len(documents)} documents, vocabulary {arguments.vocab_size}, one core")
+    print(f"{'':34}{'MB/s':>8}{'lowest':>8}{'highest':>8}{'bytes/token':>13}")
+    for name in contestants:
+        low, high = result["spread"][name]
+        speed, ratio = result["megabytes_per_second"][name], result["bytes_per_token"][name]
+        print(f"{name:34}{speed:8.2f}{low:8.2f}{high:8.2f}{ratio:13.3f}")
+
+
+def _documents(text: str, size: int) -> list[str]:
+    """The first ``size`` characters in documents of some thousand characters, cut between lines."""
+    documents, lines, length = [], [], 0
+    for line in text[:size].splitlines(keepends=True):
+        lines.append(line)
+        length += len(line)
+        if length > 4000:
+            documents.append("".join(lines))
+            lines, length = [], 0
+    return [*documents, "".join(lines)]
+
+
+def _peer(lines: Sequence[str], vocab_size: int, byte_level: bool) -> Tokenizer:
+    if byte_level:
+        peer = Tokenizer(models.BPE())
+        peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        peer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        peer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        peer.normalizer = normalizers.Replace(" ", "\u2581")
+        peer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+        alphabet = []
+    special = ["<unk>", "<|endoftext|>"]
+    if not byte_level:
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    peer.train_from_iterator(lines, trainer)
+    return peer
+
+
+if __name__ == "__main__":
+    main()
