@@ -1,8 +1,10 @@
 """From sources to cleaned, distinct documents with their split, in files that the next stage reads."""
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -157,9 +159,13 @@ class _Collector:
         )
 
     def close(self) -> None:
-        """Closes the files."""
-        for file in self._files.values():
-            file.close()
+        """Flushes the files to the disk and closes them."""
+        with contextlib.ExitStack() as stack:
+            for file in self._files.values():
+                stack.enter_context(file)
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _batches(items: Iterable[Document | Skipped], skip: Callable[[Skipped], None]) -> Iterator[list[Document]]:

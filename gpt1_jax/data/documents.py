@@ -1,23 +1,55 @@
 """The cleaned documents of a corpus: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
 
+import array
 import contextlib
 import io
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import writer
+from tensorflow_datasets.core import shuffle, writer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from gpt1_jax.data.manifest import Split
-from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.errors import DamagedError, StorageError, UserError
 
 FOLDER = "documents"
-# For each split the number of its records, and what generates them.
-Records = Mapping[Split, tuple[int, Callable[[], Iterator[dict[str, str]]]]]
-_KEYS = 2**128  # the range over which TFDS spreads its keys
+Records = Mapping[Split, Callable[[], Iterator[dict[str, str]]]]  # what generates the records of each split
+_SHUFFLER = shuffle.Shuffler
+
+
+class _InOrder:
+    """Takes the place of TFDS's ``Shuffler`` for records that come in order: they wait in a file for their shard.
+
+    Above a gigabyte TFDS's own keeps them in files that only TensorFlow can open, and sorts them all in memory.
+    """
+
+    def __init__(self, dirpath: Any, **_: Any) -> None:
+        self._file = tempfile.TemporaryFile(dir=dirpath)
+        self._sizes = array.array("Q")
+        self.size = 0  # bytes
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def bucket_lengths(self) -> list[int]:
+        return [len(self._sizes)]
+
+    def add(self, key: int, data: bytes) -> None:
+        self._file.write(data)
+        self._sizes.append(len(data))
+        self.size += len(data)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with self._file as file:
+            file.seek(0)
+            for key, size in enumerate(self._sizes):
+                yield key, file.read(size)
 
 
 class _DeterministicWriter(writer.ExampleWriter):
@@ -56,21 +88,30 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _DeterministicWriter(self.info.file_format)
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, str]]]:
-        # Above a gigabyte TFDS sorts records by key in buckets of a 1000th of the range. Keys spread over all of it
-        # keep the order and fill the buckets evenly; 0, 1, 2 ... would gather everything in one, in memory.
-        count, records = self._records[split]
-        for position, record in enumerate(records()):
-            yield position * (_KEYS // count), record
+        yield from enumerate(self._records[split]())
 
 
 def write_documents(splits: Records, folder: Path, work: Path) -> None:
-    """Writes the documents of the splits into ``folder``, by way of ``work``, which is emptied first and last."""
+    """Writes the documents of the splits into ``folder``, by way of ``work``, which is emptied first and last.
+
+    Raises:
+        StorageError: if the disk is full or failing.
+    """
     shutil.rmtree(work, ignore_errors=True)
     builder = Documents(splits, data_dir=work, file_format="array_record")
     config = tfds.download.DownloadConfig(register_checksums=False, try_download_gcs=False)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # what TFDS prints there is not this command's result
-        builder.download_and_prepare(download_config=config)
+        try:
+            shuffle.Shuffler = _InOrder  # TFDS offers no other way to choose it
+            builder.download_and_prepare(download_config=config)
+        except RuntimeError as error:  # how ArrayRecord reports a failed write
+            raise StorageError(
+                f"{folder}: the documents cannot be written: {error}; make room or set data.root elsewhere, and run "
+                "the same command again"
+            ) from None
+        finally:
+            shuffle.Shuffler = _SHUFFLER
     shutil.rmtree(folder, ignore_errors=True)
     Path(builder.data_dir).rename(folder)
     shutil.rmtree(work)

@@ -43,7 +43,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     try:
         for item in itertools.chain(first, items):
             pending.append(executor.submit(function, item))
-            if len(pending) > _AHEAD * workers:
+            while pending and (len(pending) > _AHEAD * workers or pending[0].done()):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -10,6 +10,7 @@ name once the manifest is written:
 5. manifest: count, checksum, rename
 """
 
+import functools
 import os
 import re
 import shutil
@@ -81,7 +82,11 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
         lock = folder.with_name(f".{folder.name}.lock")
         with locked(lock, lambda: progress("waiting for another process that prepares this corpus", 0, None)):
             if not (folder / MANIFEST).exists():
-                _run_stages(config, sources, given, settings, partial, progress)
+                try:
+                    _run_stages(config, sources, given, settings, partial, progress)
+                except UserError:  # what mends it gives another fingerprint: nothing here would be used again
+                    shutil.rmtree(partial)
+                    raise
                 partial.rename(folder)
     return folder
 
@@ -139,14 +144,8 @@ def _run_stages(
     collected = collect(sources, config.data, work, workers, progress)
     if not (partial / FOLDER).exists():
         progress("writing documents", 0, None)
-        write_documents(
-            {
-                split: (sum(collected.documents[split]), lambda split=split: collected_documents(work, split))
-                for split in SPLITS
-            },
-            partial / FOLDER,
-            work / "tfds",
-        )
+        records = {split: functools.partial(collected_documents, work, split) for split in SPLITS}
+        write_documents(records, partial / FOLDER, work / "tfds")
     for split in SPLITS:
         (work / f"{split}.jsonl").unlink(missing_ok=True)
     if not (partial / TOKENIZER).exists():
@@ -182,7 +181,7 @@ def _manifest(
     tokenizer: SentencePieceTokenizer,
     shards: tuple[Shard, ...],
 ) -> Manifest:
-    files = sorted(path for path in partial.rglob("*") if path.is_file() and _WORK not in path.parts)
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and partial / _WORK not in path.parents)
     fingerprint = fingerprint_of(settings)
     return Manifest(
         name=partial.name.removeprefix(".").removesuffix(f"-{fingerprint}.partial"),

@@ -102,8 +102,10 @@ def stream(
     assert chunk > 0
     room = prompt_room(config, max_tokens)
     fitted = [(prompt if len(prompt) else np.array([separator_id]))[-room:] for prompt in prompts]
-    prefill = partial(_prefill, config=config.model, slots_of_new=_bucket(max_tokens))
-    decode = partial(_decode, config=config.model, sampling=sampling, chunk=chunk)
+    # Layers in a row would have their slices of the stacked weights copied for every token.
+    model = config.model.model_copy(update={"scan_layers": True})
+    prefill = partial(_prefill, config=model, slots_of_new=_bucket(max_tokens))
+    decode = partial(_decode, config=model, sampling=sampling, chunk=chunk)
 
     def pieces() -> Iterator[list[np.ndarray]]:
         state = prefill(params, *_pad(fitted, separator_id), seed)
@@ -193,7 +195,7 @@ def _decode(
         The state, the new tokens (separators once a row has ended), and how many columns of them are filled.
     """
     model = bind(config, params)
-    slots = state.cache.k_BSNH.shape[2]
+    slots = state.cache[0].shape[2]
 
     def unfinished(carry: tuple[_State, Array, Array]) -> Array:
         state, _, count = carry

@@ -24,6 +24,7 @@ from gpt1_jax.text.compression import DAMAGE, SUFFIXES, decompressed
 from gpt1_jax.text.document import Document, Skipped, to_document
 
 _HASHED_BYTES = 256_000_000  # local files up to this size in all are told apart by content, larger ones by time
+_UNREACHABLE = (ConnectionError, TimeoutError, FileNotFoundError, PermissionError)
 _ROWS = 64  # of a Parquet file held at once
 _UTF8_BYTES, _JSON_BYTES = 4, 12  # most bytes that one character takes: in UTF-8, and as \uXXXX\uXXXX
 _OTHER_FIELDS = 1_000_000  # bytes of a JSON line beside its text
@@ -49,10 +50,18 @@ class FilesSource:
         }
 
     def read(self) -> Iterator[Document | Skipped]:
-        """The documents, in the order of the files and of their lines or rows."""
+        """The documents, in the order of the files and of their lines or rows.
+
+        Raises:
+            StorageError: if a remote file can no longer be read.
+        """
         for path in self._files:
             try:
                 yield from self._read_file(path)
+            except _UNREACHABLE as error:
+                if "://" in path:  # an outage of the network must not become a smaller corpus
+                    raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
+                yield Skipped(path, "unreadable", f"it cannot be read: {error}")
             except DAMAGE as error:
                 yield Skipped(path, "unreadable", f"it is damaged or cannot be read: {error}")
 

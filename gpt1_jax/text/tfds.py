@@ -1,5 +1,7 @@
 """Documents from TensorFlow Datasets, read through ``as_data_source``: no TensorFlow is needed."""
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ class TfdsSource:
         config = self._config
         try:
             if not Path(config.dataset).is_dir():
-                self._builder.download_and_prepare(file_format="array_record")
+                with contextlib.redirect_stdout(sys.stderr):  # standard output is for the command's result
+                    self._builder.download_and_prepare(file_format="array_record")
             records = self._builder.as_data_source(config.split)
         except Exception as error:
             raise UserError(

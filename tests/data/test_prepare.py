@@ -156,9 +156,11 @@ def test_folder_depends_on_contents_alone(corpus, texts):
     assert len({folder(change) for change in changes} | {corpus}) == 1 + len(changes)
 
 
-def test_result_does_not_depend_on_workers(corpus, texts, tmp_path, monkeypatch):
+def test_result_does_not_depend_on_workers_or_size(corpus, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt1_jax.data.collect._BATCH_CHARS", 5000)
     monkeypatch.setattr("gpt1_jax.data.encode._JOB_BYTES", 5000)
+    # As if the corpus were above a gigabyte, where TFDS sorts records in files that only TensorFlow opens.
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 1000)
     assert contents(prepare(config(texts, tmp_path, "data.workers=2"))) == contents(corpus)
 
 
@@ -276,6 +278,7 @@ def test_tokenizer_is_trained_on_a_bounded_sample(texts, tmp_path, monkeypatch):
 def test_mistakes_are_explained(texts, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         prepare(config(texts, tmp_path, *overrides))
+    assert not list(tmp_path.iterdir())
 
 
 def test_long_documents_are_whole(tmp_path):
@@ -300,6 +303,34 @@ def test_full_disk_is_a_storage_error(texts, tmp_path, monkeypatch):
         with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
             prepare(config(texts, tmp_path))
     prepare(config(texts, tmp_path))
+
+
+FULL = """
+import resource, signal, sys
+from gpt1_jax.config_file import parse_config
+from gpt1_jax.data import prepare
+from gpt1_jax.errors import StorageError
+if __name__ == "__main__":
+    name, size, yaml = sys.argv[1:]
+    stage = getattr(prepare, name)
+    def limited(*args):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+        return stage(*args)
+    setattr(prepare, name, limited)
+    try:
+        prepare.prepare(parse_config(yaml, "test"))
+    except StorageError as error:
+        sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("stage", "size"), [("collect", 9000), ("write_documents", 9000), ("encode_documents", 900)])
+def test_every_stage_reports_a_file_that_cannot_grow(corpus, texts, tmp_path, stage, size):
+    settings = config(texts, tmp_path)
+    command = [sys.executable, "-c", FULL, stage, str(size), settings.to_yaml()]
+    assert subprocess.run(command, check=False).returncode == StorageError.exit_code
+    assert contents(prepare(settings)) == contents(corpus)
 
 
 def square(number: int) -> int:

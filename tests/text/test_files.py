@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from gpt1_jax.config import Files
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import StorageError, UserError
 from gpt1_jax.text.document import Document, Skipped
 from gpt1_jax.text.files import FilesSource
 
@@ -153,6 +153,20 @@ def test_remote_files():
     remote = source("memory://corpus/*.jsonl")
     assert list(remote.read()) == [Document("far away", "memory:///corpus/a.jsonl:1")]
     assert remote.settings()["files"][0][:2] == ["memory:///corpus/a.jsonl", 21]
+
+
+def test_outage_is_no_smaller_corpus(monkeypatch):
+    file_system = fsspec.filesystem("memory")
+    with file_system.open("/corpus/b.txt", "wb") as file:
+        file.write(b"far away")
+    remote = source("memory://corpus/b.txt")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(type(file_system), "_open", unreachable)
+    with pytest.raises(StorageError, match=r"memory:///corpus/b\.txt: cannot be read: no route"):
+        list(remote.read())
 
 
 def test_glob_without_files_is_named(tmp_path):
