@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gpt1_jax.model.products import affine
+
 INIT_STD = 0.02  # paper, 4.1: weights start from N(0, 0.02)
 LAYER_NORM_EPSILON = 1e-5  # authors' code
 
@@ -38,13 +40,13 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Maps [..., *inputs] to [..., *outputs]."""
-        kernel = self.kernel[...].astype(self.dtype)
+        """Maps [B, T, *inputs] to [B, T, *outputs]."""
         # One plain matrix product: backends have fast code for two dimensions, and not always for more.
+        kernel, bias = self.kernel[...], self.bias[...]
         in_size = math.prod(kernel.shape[: self.num_inputs])
-        outer, out_shape = x.shape[: x.ndim - self.num_inputs], kernel.shape[self.num_inputs :]
-        product = x.astype(self.dtype).reshape(*outer, in_size) @ kernel.reshape(in_size, -1)
-        return product.reshape(*outer, *out_shape) + self.bias[...].astype(self.dtype)
+        outer = x.shape[: x.ndim - self.num_inputs]
+        y = affine(x.astype(self.dtype).reshape(*outer, in_size), kernel.reshape(in_size, -1), bias.reshape(-1))
+        return y.reshape(*outer, *bias.shape)
 
 
 class LayerNorm(nnx.Module):
