@@ -1,6 +1,7 @@
 """Speed, latency and memory of the loader beside Grain's, over the same file of tokens, in one run.
 
-    python benchmarks/loader.py [--tokens N] [--seconds S] [--out FILE.json]
+    make bench
+    .venv/bin/python benchmarks/loader.py --tokens 100_000_000 --seconds 4 --out result.json
 
 Both loaders shuffle all windows of the file, batch them and put them on the first device; the file is in the page
 cache. Each runs in a process of its own, with a small corpus and with the full one, so that growth of memory with the
@@ -12,14 +13,19 @@ several numbers of worker processes and read threads stands for it. What is meas
     RSS growth     most resident memory of the process and its workers, less that before the corpus was opened; MB
     private        the same without mapped files, which the system can take back
 
-Needs the extra ``bench``: pip install 'gpt1-jax[bench]'.
+Needs the extra ``bench``, which ``make bench`` installs.
 """
+
+import sys
+
+# Python puts this folder first, where tokenize.py would stand in for the standard library's module of that name.
+if (folder := __file__.rpartition("/")[0]) in sys.path:
+    sys.path.remove(folder)
 
 import argparse
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +105,7 @@ def import_grain():
         import grain
         from absl import flags
     except ImportError:
-        raise SystemExit("Grain, the peer of this benchmark, is missing: pip install 'gpt1-jax[bench]'") from None
+        raise SystemExit("Grain, the peer, is missing: run 'make bench' so that it is installed") from None
     flags.FLAGS.mark_as_parsed()  # its worker processes refuse to start otherwise
     return grain
 
@@ -229,7 +235,7 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--seconds", type=float, default=4.0, help="to measure each loader for")
     parser.add_argument("--dir", help="where to write the temporary corpora")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one loader, in this process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # its corpus
     arguments = parser.parse_args()

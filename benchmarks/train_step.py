@@ -10,13 +10,18 @@ drifts treats them alike. The figure is the median step.
 torch computes bfloat16 by autocast, with float32 parameters, as this project does.
 """
 
+import sys
+
+# Python puts this folder first, where tokenize.py would stand in for the standard library's module of that name.
+if (folder := __file__.rpartition("/")[0]) in sys.path:
+    sys.path.remove(folder)
+
 import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,13 +88,16 @@ def torch_peer(dtype: str, batch_size: int, context_length: int, overrides: list
     return step
 
 
+_WARMUP = 3
+
 PEERS: dict[str, Callable[..., Callable[[], float]]] = {"gpt1_jax": ours, "torch": torch_peer}
 
 
 def worker(name: str, dtype: str, batch_size: int, context_length: int, overrides: list[str]) -> None:
     """Makes a step for every line on standard input, and answers with its seconds and loss."""
     step = PEERS[name](dtype, batch_size, context_length, overrides)
-    step()  # compiles, allocates
+    for _ in range(_WARMUP):  # compiles, allocates, and wakes the processor
+        step()
     print("ready", flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()

@@ -292,7 +292,7 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
 
     evaluation, samples, page = path / "evaluation.json", path / "samples.jsonl", path / "report.html"
     opened = open_run(path, mesh)
-    done = json.loads(evaluation.read_text()) if evaluation.exists() else None
+    done: dict[str, Any] | None = json.loads(evaluation.read_text()) if evaluation.exists() else None
     if done is None or done["step"] != opened.step:
         figures = _evaluate_split(opened, corpus, "validation")
         _write(samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in _samples(opened)))
@@ -300,7 +300,7 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
         _write(evaluation, json.dumps(done) + "\n")
         write_report([path], None)
     figures = Figures(**{field.name: done[field.name] for field in dataclasses.fields(Figures)})
-    sample = json.loads(samples.read_text().splitlines()[0])
+    sample = json.loads(samples.read_text(encoding="utf-8").split("\n")[0])  # a text may hold other line ends
     if as_json:
         _print_json({"run": str(path), **done, "sample": sample, "report": str(page)})
         return

@@ -104,8 +104,8 @@ class CleaningConfig(Section):
     fix_unicode: bool = True  # ftfy: mojibake, broken entities (the authors ran ftfy too)
     standardize: bool = False  # the authors' `text_standardize`: ASCII punctuation, spaces around it, white space
     deduplicate: bool = True  # drop a document whose text has been seen before, in any source
-    min_chars: PositiveInt = 32
-    max_chars: PositiveInt = 10_000_000
+    min_chars: PositiveInt = 32  # after cleaning; a shorter document is dropped
+    max_chars: PositiveInt = 10_000_000  # before and after cleaning; a longer document is dropped
     on_invalid: Literal["skip", "error"] = "skip"  # undecodable, binary or malformed input: count and go on, or stop
 
     @model_validator(mode="after")
@@ -124,7 +124,7 @@ class TokenizerConfig(Section):
     """
 
     file: str | None = None  # an existing SentencePiece .model to use instead of training one
-    sample_bytes: PositiveInt = 100_000_000  # text drawn from the training split to train it on
+    sample_bytes: PositiveInt = 100_000_000  # at most so much of the training split is used to train it
 
 
 class DataConfig(Section):
@@ -133,12 +133,12 @@ class DataConfig(Section):
     Deviation: the paper's BooksCorpus is no longer distributed; the default is the embedded corpus.
     """
 
-    root: str = "data/prepared"
+    root: str = "data/prepared"  # prepared corpora, a folder each
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = (PythonDocs(kind="python_docs"),)
     cleaning: CleaningConfig = CleaningConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of the documents, chosen by their hash
-    shard_tokens: PositiveInt = 100_000_000  # tokens in one .tokens file
+    shard_tokens: PositiveInt = 100_000_000  # most tokens in one .tokens file, unless one document has more
     workers: PositiveInt | None = None  # processes that clean and encode; null: one for each core
     prefetch: PositiveInt = 2  # batches held on the devices ahead of the step
 
@@ -152,8 +152,8 @@ class TrainConfig(Section):
     steps: PositiveInt = 3_300_000
     batch_size: PositiveInt = 64  # sequences in one update
     context_length: PositiveInt | None = None  # tokens in a sequence; null: model.context_length
-    accumulation: PositiveInt = 1  # micro-batches summed into one update
-    log_every: PositiveInt = 100
+    accumulation: PositiveInt = 1  # micro-batches whose gradients are averaged into one update
+    log_every: PositiveInt = 100  # steps; the first and the last are always logged
 
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> "TrainConfig":
@@ -167,14 +167,14 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """Adam with decoupled weight decay (paper, section 4.1; betas, epsilon and clipping from the authors' code)."""
 
-    rule: Literal["adamw", "authors"] = "adamw"
+    rule: Literal["adamw", "authors"] = "adamw"  # authors: epsilon and decay where their code has them
     learning_rate: PositiveFloat = 2.5e-4  # the peak
     warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then cosine to 0 at train.steps
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and embeddings, not on biases and gains
-    clip_norm: PositiveFloat = 1.0  # global norm of the gradient
+    clip_norm: PositiveFloat = 1.0  # a gradient of a larger global norm is scaled down to it
 
 
 class MeshConfig(Section):
@@ -207,8 +207,8 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = 64  # windows
     stride: PositiveInt | None = None  # tokens between windows; null: the context length, so none overlap
     max_tokens: PositiveInt | None = None  # tokens of the split used while training; null: all of it
-    prompts: tuple[str, ...] = ("The",)  # sampled at the end of a run, for the report
-    sample_tokens: PositiveInt = 128
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("The",)  # sampled at the end of a run
+    sample_tokens: PositiveInt = 128  # new tokens of each sample, at most
 
 
 class LoggingConfig(Section):
@@ -257,16 +257,15 @@ class Config(Section):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is longer than the run, "
                 f"train.steps={self.train.steps}"
             )
+        context = f"{'train' if self.train.context_length else 'model'}.context_length={self.context_length}"
         stride = self.evaluation.stride
-        if stride is not None and stride > self.model.context_length:
+        if stride is not None and stride > self.context_length:
             problems.append(
-                f"evaluation.stride={stride} is longer than model.context_length={self.model.context_length}: "
-                "tokens between windows would be left out"
+                f"evaluation.stride={stride} is longer than {context}: tokens between windows would be left out"
             )
-        if self.evaluation.sample_tokens >= self.model.context_length:
+        if self.evaluation.sample_tokens >= self.context_length:
             problems.append(
-                f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for a prompt in "
-                f"model.context_length={self.model.context_length}"
+                f"evaluation.sample_tokens={self.evaluation.sample_tokens} leaves no room for a prompt in {context}"
             )
         if problems:
             raise ValueError("\n".join(problems))

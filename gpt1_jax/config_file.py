@@ -75,9 +75,10 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
         problems += _explain(error, values, source, origin)
     except (TypeError, ValueError) as error:  # a value that JSON cannot hold
         problems.append(f"{source}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
+    else:
+        if not problems:
+            return config
+    raise UserError("\n".join(problems))
 
 
 def _nearest_file(path: Path) -> str:
@@ -199,7 +200,7 @@ def _nearest_key(path: _Path, values: Mapping[str, Any]) -> str:
     return f"; valid here: {', '.join(here)}"
 
 
-def _all_keys(section: type[pydantic.BaseModel], prefix: _Path = ()) -> Iterable[tuple[str, ...]]:
+def _all_keys(section: type[pydantic.BaseModel], prefix: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         yield path

@@ -76,6 +76,15 @@ def test_all_errors_come_in_one_message_with_place_value_and_nearest_key():
         ("train: {batch_size: 64, accumulation: 3}", ["train.accumulation=3", "train.batch_size=64"]),
         ("mesh: {data: null, fsdp: null}", ["mesh.data", "mesh.fsdp"]),
         ("evaluation: {stride: 600}", ["evaluation.stride=600", "model.context_length=512"]),
+        (
+            "{train: {context_length: 200}, evaluation: {stride: 201}}",
+            ["evaluation.stride=201", "train.context_length=200"],
+        ),
+        (
+            "{train: {context_length: 128}}",
+            ["evaluation.sample_tokens=128", "train.context_length=128"],
+        ),
+        ("evaluation: {prompts: []}", ["evaluation.prompts=[]"]),
         ("evaluation: {sample_tokens: 512}", ["evaluation.sample_tokens=512", "model.context_length=512"]),
         ("data: {cleaning: {min_chars: 9, max_chars: 3}}", ["min_chars=9", "max_chars=3"]),
         ("name: a/b", ['name="a/b"']),

@@ -142,7 +142,7 @@ class _ShardFile:
         if self._descriptor is None:
             self._open()
         assert self._descriptor is not None
-        view = memoryview(tokens.view(np.uint8))
+        view = tokens.view(np.uint8).data
         while view:  # one call reads at most 2 GiB, and network storage may return less
             try:
                 count = os.preadv(self._descriptor, [view], offset)

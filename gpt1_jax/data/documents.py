@@ -5,7 +5,7 @@ import contextlib
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class _DeterministicWriter(writer.ExampleWriter):
 
 
 def _ordered(example: bytes) -> bytes:
+    # pyrefly: ignore[missing-attribute]  # protobuf makes the class when the module is imported
     return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
@@ -103,7 +104,8 @@ def write_documents(splits: Records, folder: Path, work: Path) -> None:
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # what TFDS prints there is not this command's result
         try:
-            shuffle.Shuffler = _InOrder  # TFDS offers no other way to choose it
+            # TFDS offers no other way to choose it.
+            shuffle.Shuffler = _InOrder  # pyrefly: ignore[bad-assignment]  # it has what the writer uses
             builder.download_and_prepare(download_config=config)
         except RuntimeError as error:  # how ArrayRecord reports a failed write
             raise StorageError(
@@ -128,7 +130,8 @@ class DocumentReader:
         """
         folder = Path(corpus) / FOLDER
         try:
-            self._records = tfds.builder_from_directory(folder).as_data_source(split)
+            builder: Any = tfds.builder_from_directory(folder)  # its decorators hide the types of its methods
+            self._records: Sequence[dict[str, bytes]] = builder.as_data_source(split)
         except Exception as error:  # the library raises many kinds
             raise DamagedError(f"{folder}: the documents cannot be read: {error}; prepare the corpus again") from None
 

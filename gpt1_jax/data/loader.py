@@ -43,7 +43,8 @@ def global_batch(examples: Examples, position: int, batch_size: int, sharding: S
     shape = (batch_size, examples.context_length + 1)
     read: dict[tuple[int, int], np.ndarray] = {}  # devices along other axes than the batch's ask for the same rows
 
-    def rows(index: tuple[slice, ...]) -> np.ndarray:
+    def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[0].indices(batch_size)
         if (start, stop) not in read:
             read[start, stop] = examples.examples(np.arange(position + start, position + stop))
@@ -74,7 +75,7 @@ class Batches(Iterator[tuple[int, jax.Array]]):
         # the interpreter and JAX are taken down, hence atexit: what is registered last runs first. The finalizer
         # does not keep this object alive, so a forgotten loader stops when it is collected, too.
         self._close = weakref.finalize(self, self._worker.stop)
-        self._close.atexit = False
+        self._close.atexit = False  # pyrefly: ignore[missing-attribute]  # a property, which the stub declares amiss
         atexit.register(self._close)
 
     def __next__(self) -> tuple[int, jax.Array]:

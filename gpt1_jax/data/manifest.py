@@ -43,7 +43,7 @@ class SourceCounts(_Record):
 
 
 class SplitCounts(_Record):
-    """Totals of one split. ``bytes`` is UTF-8 text; ``words`` are separated by white space; ``tokens`` include separators."""
+    """Totals of one split: ``bytes`` of UTF-8, ``words`` as white space separates them, ``tokens`` with separators."""
 
     documents: int
     bytes: int
@@ -99,7 +99,9 @@ def read_manifest(corpus: str | Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first") from None
+        raise UserError(
+            f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first"
+        ) from None
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; prepare the corpus again") from None
 

@@ -18,7 +18,7 @@ UInt64 = NDArray[np.uint64]
 # At a million records two rounds leave neighbours correlated at 0.99; four measure as a random order does, and two more
 # are the margin for structure that was not measured.
 ROUNDS = 6
-PERIOD = 1 << 16  # slots after which a mixture of sources repeats: a share is exact to 1 in 131,072
+PERIOD = 1 << 16  # slots after which a mixture of sources repeats: a share is exact to 1 in 65,536
 
 
 def make_key(seed: int, *parts: ArrayLike) -> UInt64:

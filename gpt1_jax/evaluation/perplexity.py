@@ -133,8 +133,7 @@ def _window_nats(config: ModelConfig, params: Params, tokens_BT: Int[Array, "B T
     """Nats of every token but each window's first; padding on the right changes nothing before it."""
     model = bind(config, params)
     x_BTD, _ = model(tokens_BT[:, :-1])
-    table_VD = model.embedding.token_kernel[...].astype(x_BTD.dtype)
-    return token_nats(x_BTD, table_VD, tokens_BT[:, 1:], config.loss_chunk)
+    return token_nats(x_BTD, model.embedding.token_kernel[...], tokens_BT[:, 1:], config.loss_chunk)
 
 
 def _counted(batch: Sequence[Window], nats_BT: Array) -> list[float]:

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gpt1_jax.config import ModelConfig
-from gpt1_jax.model.dropout import dropout
+from gpt1_jax.model.causal_attention import causal_attention
+from gpt1_jax.model.dropout import dropout, seed_of
 from gpt1_jax.model.layers import Linear
 
 _MASKED = -1e30  # finite, so that a row with no key at all is uniform and not NaN
@@ -47,9 +48,11 @@ def dot_product_attention(
     Returns:
         The attended values, in the dtype of the values. Scores and softmax are float32.
     """
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     if mask_BTS is None:
-        mask_BTS = jnp.tril(jnp.ones((1, q_BTNH.shape[1], k_BSNH.shape[1]), bool))
+        q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+        seed = None if dropout_key is None else seed_of(dropout_key)
+        return causal_attention(q_BNTH, k_BNTH, v_BNTH, seed, dropout_rate).swapaxes(1, 2)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS * scale, _MASKED), axis=-1)
     probs_BNTS = dropout(probs_BNTS.astype(v_BSNH.dtype), dropout_rate, dropout_key)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gpt1_jax.model.products import sum_of_outer_products
+
 
 def token_nats(
     x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], chunk: int
@@ -17,17 +19,20 @@ def token_nats(
 
     Args:
         x_BTD: the last hidden states.
-        table_VD: the output projection.
+        table_VD: the output projection; it is cast to the dtype of ``x_BTD``.
         targets_BT: the token that follows each position.
         chunk: positions of each sequence whose logits exist at once.
     """
 
-    def nats(x_BCD: Array, targets_BC: Array) -> Array:
-        return _nats(_logits(x_BCD, table_VD), targets_BC)
+    table_VD = table_VD.astype(x_BTD.dtype)
 
-    chunks = _chunk(chunk, x_BTD, targets_BT)
-    nats_BT = jax.lax.map(lambda c: nats(*c), chunks)
-    return _unchunk(nats_BT, x_BTD.shape[1])
+    def nats(inputs: tuple[Array, Array]) -> Array:
+        x_BCD, targets_BC = inputs
+        logits_BCV = _logits(x_BCD, table_VD)
+        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
+
+    return _unchunk(jax.lax.map(nats, _chunk(chunk, x_BTD, targets_BT)), x_BTD.shape[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,25 +54,33 @@ def cross_entropy(
 def _cross_entropy_fwd(
     x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, chunk: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    table_type = table_VD.dtype
+    compute = x_BTD.dtype
+    table_of_products_VD = table_VD.astype(compute)
 
-    def step(dtable_VD: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def step(dtable_DV: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        # The gradient of the logits is weight * (softmax - one_hot). Its two parts are kept apart, so that the largest
+        # array, exp(logits), is made once, and the one-hot part is a few rows of the table instead of a product.
         x_BCD, targets_BC, weights_BC = inputs
-        logits_BCV = _logits(x_BCD, table_VD)
-        nats_BC = _nats(logits_BCV, targets_BC)
-        target_BCV = jax.nn.one_hot(targets_BC, table_VD.shape[0], dtype=jnp.float32)
-        dlogits_BCV = (jax.nn.softmax(logits_BCV) - target_BCV) * weights_BC[..., None]
-        dlogits_BCV = dlogits_BCV.astype(table_type)
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, table_VD)
-        dtable_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
-        return dtable_VD, (dx_BCD, nats_BC)
+        target_rows_BCD = table_of_products_VD[targets_BC].astype(jnp.float32)
+        logits_BCV = _logits(x_BCD, table_of_products_VD)
+        highest_BC1 = logits_BCV.max(-1, keepdims=True)
+        exp_BCV = jnp.exp(logits_BCV - highest_BC1)
+        total_BC1 = exp_BCV.sum(-1, keepdims=True)
+        exp_BCV, x32_BCD = exp_BCV.astype(compute), x_BCD.astype(jnp.float32)
+        nats_BC = (highest_BC1 + jnp.log(total_BC1))[..., 0] - (x32_BCD * target_rows_BCD).sum(-1)
+        scale_BC1 = weights_BC[..., None] / total_BC1
+        dx_BCD = jnp.einsum("BCV,VD->BCD", exp_BCV, table_of_products_VD, preferred_element_type=jnp.float32)
+        dx_BCD = dx_BCD * scale_BC1 - weights_BC[..., None] * target_rows_BCD
+        dtable_DV += sum_of_outer_products((x32_BCD * scale_BC1).astype(compute), exp_BCV)
+        return dtable_DV, (dx_BCD.astype(compute), nats_BC)
 
-    dtable_VD, (dx, nats) = jax.lax.scan(
-        step, jnp.zeros(table_VD.shape, jnp.float32), _chunk(chunk, x_BTD, targets_BT, weights_BT)
-    )
-    length = x_BTD.shape[1]
-    nats_BT = _unchunk(nats, length)
-    return (nats_BT * weights_BT).sum(), (_unchunk(dx, length), dtable_VD.astype(table_type), nats_BT)
+    zeros_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32)
+    dtable_DV, (dx, nats) = jax.lax.scan(step, zeros_DV, _chunk(chunk, x_BTD, targets_BT, weights_BT))
+    # Without the barrier XLA's CPU backend makes the transpose part of a product that it then cannot run.
+    dtable_VD = jax.lax.optimization_barrier(dtable_DV).T
+    dtable_VD = dtable_VD.at[targets_BT].add(-weights_BT[..., None] * x_BTD.astype(jnp.float32))
+    nats_BT = _unchunk(nats, x_BTD.shape[1])
+    return (nats_BT * weights_BT).sum(), (_unchunk(dx, x_BTD.shape[1]), dtable_VD.astype(table_VD.dtype), nats_BT)
 
 
 def _cross_entropy_bwd(chunk: int, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, None, Array]:
@@ -80,11 +93,6 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def _logits(x_BCD: Array, table_VD: Array) -> Array:
     return jnp.einsum("BCD,VD->BCV", x_BCD, table_VD, preferred_element_type=jnp.float32)
-
-
-def _nats(logits_BCV: Array, targets_BC: Array) -> Array:
-    chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
 
 
 def _chunk(chunk: int, *arrays: Array) -> tuple[Array, ...]:

@@ -76,7 +76,8 @@ class FilesSource:
         if kind not in readers:
             yield Skipped(path, "unknown_type", "its name ends in none of .txt .md .jsonl .parquet (.gz .zst .xz)")
             return
-        with cast(BinaryIO, fsspec.open(path, "rb").open()) as file:
+        opened: Any = fsspec.open(path, "rb")  # without annotations: seen as a list of files too
+        with cast(BinaryIO, opened.open()) as file:
             yield from readers[kind](decompressed(file, path.lower()), path)
 
     def _whole(self, file: BinaryIO, path: str) -> Iterator[Document | Skipped]:

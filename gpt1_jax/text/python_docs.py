@@ -23,7 +23,7 @@ from gpt1_jax.text.document import Document, Skipped
 
 _PROJECT = "gpt1-jax"
 _NOT_DOCUMENTATION = frozenset({"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"})
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class PythonDocsSource:
@@ -106,7 +106,7 @@ def _dotted(name: str) -> str:
 
 def _sections(node: ast.AST, module: str, seen: set[bytes], name: str = "") -> Iterator[str]:
     """A heading line and the text for every documentation string that is new to the corpus."""
-    if isinstance(node, _DOCUMENTED):
+    if isinstance(node, (ast.Module, *_NAMED)):
         raw = ast.get_docstring(node, clean=False)
         # A lone surrogate, from an escape such as "\\ud800", would make the whole module no text.
         text = inspect.cleandoc(raw).encode("utf-8", "replace").decode("utf-8") if raw else ""
@@ -115,7 +115,7 @@ def _sections(node: ast.AST, module: str, seen: set[bytes], name: str = "") -> I
             seen.add(digest)
             yield f"{name or module}\n{text}"
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, _DOCUMENTED):
+        if isinstance(child, _NAMED):
             yield from _sections(child, module, seen, f"{name}.{child.name}" if name else child.name)
         elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
             yield from _sections(child, module, seen, name)

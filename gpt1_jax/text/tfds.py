@@ -21,6 +21,7 @@ class TfdsSource:
         self._config = config
         self.name = f"tfds:{config.dataset}/{config.split}"
         self.label = config.dataset.strip("/").split("/")[-1 if Path(config.dataset).is_dir() else 0]
+        self._builder: Any  # its decorators hide the types of its methods
         try:
             if Path(config.dataset).is_dir():
                 self._builder = tfds.builder_from_directory(config.dataset)

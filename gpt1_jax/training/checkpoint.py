@@ -87,8 +87,8 @@ class Checkpoints:
     def __init__(self, run_dir: Path, config: CheckpointConfig | None = None):
         self.directory = run_dir.absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config and config.keep,
-            keep_period=config and config.keep_every,
+            max_to_keep=config.keep if config else None,
+            keep_period=config.keep_every if config else None,
             cleanup_tmp_directories=config is not None,
             create=config is not None,
             read_only=config is None,

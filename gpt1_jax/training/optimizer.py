@@ -1,5 +1,6 @@
 """The paper's optimizer as an Optax chain: clip, Adam with decoupled weight decay, warm-up and cosine."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from gpt1_jax.config import OptimizerConfig
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """The rate of each update: linear from 0 over the warm-up, then cosine to 0 (paper, section 4.1).
 
     The rate of the first update (count 0) is 0 if there is a warm-up, as in the authors' code: ``schedule(t)`` is
@@ -58,10 +59,10 @@ def scale_by_authors_adam(b1: float, b2: float, eps: float, weight_decay: float)
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
         return AuthorsAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(grads: Any, state: AuthorsAdamState, params: Any = None) -> tuple[Any, AuthorsAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AuthorsAdamState]:
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
         correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
 
         def direction(m: jax.Array, v: jax.Array, p: jax.Array, decayed: bool) -> jax.Array:

@@ -118,7 +118,7 @@ def write_config(config: Config) -> None:
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in old | new:
+        for name in {**old, **new}:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new and not key.startswith(_FREE_KEYS):
         yield key, old, new

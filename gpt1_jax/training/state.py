@@ -1,5 +1,6 @@
 """The state of a run on the devices: born sharded, donated to every step."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +46,9 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     whole = replicated(mesh)
     # Moments lie where their parameters lie; counters are whole everywhere.
     opt_state = optax.tree.map_params(
-        optimizer, lambda _, layout: layout, shapes.opt_state, params, transform_non_params=lambda _: whole
+        optimizer.init, lambda _, layout: layout, shapes.opt_state, params, transform_non_params=lambda _: whole
     )
-    layouts = TrainState(whole, params, opt_state, whole)
+    layouts = dataclasses.replace(jax.tree.map(lambda _: whole, shapes), params=params, opt_state=opt_state)
     return jax.tree.map(lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, layouts)
 
 

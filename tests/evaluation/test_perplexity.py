@@ -41,7 +41,7 @@ class Stream:
 
 
 def config(stride: int | None = None, batch_size: int = 4, context_length: int | None = None) -> Config:
-    evaluation = EvaluationConfig(stride=stride, batch_size=batch_size, sample_tokens=8)
+    evaluation = EvaluationConfig(stride=stride, batch_size=batch_size, sample_tokens=4)
     return Config(model=MODEL, evaluation=evaluation, train=TrainConfig(context_length=context_length))
 
 

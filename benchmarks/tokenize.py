@@ -1,12 +1,19 @@
 """Encoding speed on one core, beside the ``tokenizers`` library: the same text, the same vocabulary size.
 
-    python benchmarks/tokenizer_speed.py TEXT_FILE [--vocab-size 40478] [--output tokenizer_speed.json]
+    make bench
+    .venv/bin/python benchmarks/tokenize.py --vocab-size 40478 --megabytes 8 --out result.json
 
 Both are trained on the text, BPE with byte fallback, no normalisation. ``tokenizers`` is measured in two forms: with
 its usual byte-level pre-tokenizer, which makes it fast, and with SentencePiece's rules. They take turns, in one
 process on one thread, and the median of the rounds counts. Seconds are of CPU time, so that other work on the machine
-does not blur the figures. Needs the extra ``bench``.
+does not blur the figures. Needs the extra ``bench``, which ``make bench`` installs.
 """
+
+import sys
+
+# Python puts this folder first, where tokenize.py would stand in for the standard library's module of that name.
+if (folder := __file__.rpartition("/")[0]) in sys.path:
+    sys.path.remove(folder)
 
 import argparse
 import json
@@ -17,27 +24,26 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-os.environ["RAYON_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
+from gpt1_jax.text.document import Document
+from gpt1_jax.text.python_docs import PythonDocsSource
 from gpt1_jax.text.tokenizer import train_tokenizer
 
-_ROUNDS = 5
+ROUNDS = 5
 
 
 def main() -> None:
     """Prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path, help="a UTF-8 text file of a few megabytes or more")
-    parser.add_argument("--vocab-size", type=int, default=40478)
-    parser.add_argument("--megabytes", type=float, default=8, help="encoded in each round")
-    parser.add_argument("--output", type=Path, default=Path("tokenizer_speed.json"))
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file (default: the embedded corpus)")
+    parser.add_argument("--vocab-size", type=int, default=40478, help="tokens in both vocabularies (default 40478)")
+    parser.add_argument("--megabytes", type=float, default=8, help="encoded in each round (default 8)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
 
-    text = arguments.text.read_text(encoding="utf-8")
+    import_tokenizers()
+    text = arguments.text.read_text(encoding="utf-8") if arguments.text else _embedded_corpus()
     documents = _documents(text, int(arguments.megabytes * 1e6))
     lines = [line for line in text.split("\n") if line]
     contestants: dict[str, Callable[[Sequence[str]], int]] = {}
@@ -50,7 +56,7 @@ def main() -> None:
     size = sum(len(document.encode()) for document in documents)
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     tokens: dict[str, int] = {}
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         for name, encode in contestants.items():
             start = time.process_time()
             tokens[name] = encode(documents)
@@ -65,13 +71,29 @@ def main() -> None:
         "versions": {name: metadata.version(name) for name in ("sentencepiece", "tokenizers")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{size / 1e6:.1f} MB in {len(documents)} documents, vocabulary {arguments.vocab_size}, one core")
     print(f"{'':34}{'MB/s':>8}{'lowest':>8}{'highest':>8}{'bytes/token':>13}")
     for name in contestants:
         low, high = result["spread"][name]
         speed, ratio = result["megabytes_per_second"][name], result["bytes_per_token"][name]
         print(f"{name:34}{speed:8.2f}{low:8.2f}{high:8.2f}{ratio:13.3f}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def import_tokenizers() -> Any:
+    """The peer, on one thread, or a message that says how to get it."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        import tokenizers
+    except ImportError:
+        raise SystemExit("tokenizers, the peer, is missing: run 'make bench' so that it is installed") from None
+    return tokenizers
+
+
+def _embedded_corpus() -> str:
+    return "\n\n".join(item.text for item in PythonDocsSource().read() if isinstance(item, Document))
 
 
 def _documents(text: str, size: int) -> list[str]:
@@ -86,21 +108,23 @@ def _documents(text: str, size: int) -> list[str]:
     return [*documents, "".join(lines)]
 
 
-def _peer(lines: Sequence[str], vocab_size: int, byte_level: bool) -> Tokenizer:
+def _peer(lines: Sequence[str], vocab_size: int, byte_level: bool) -> Any:
+    library = import_tokenizers()
+    models, pre_tokenizers = library.models, library.pre_tokenizers
     if byte_level:
-        peer = Tokenizer(models.BPE())
+        peer = library.Tokenizer(models.BPE())
         peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        peer.decoder = decoders.ByteLevel()
+        peer.decoder = library.decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        peer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        peer.normalizer = normalizers.Replace(" ", "\u2581")
+        peer = library.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        peer.normalizer = library.normalizers.Replace(" ", "\u2581")
         peer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
         alphabet = []
     special = ["<unk>", "<|endoftext|>"]
     if not byte_level:
         special += [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     peer.train_from_iterator(lines, trainer)

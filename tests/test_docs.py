@@ -1,0 +1,136 @@
+"""What the documentation says, held against the code: keys and defaults, commands, modules, figures, exit codes."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import pytest
+import typer.main
+
+from gpt1_jax import errors
+from gpt1_jax.cli import app
+from gpt1_jax.config import Config, Source
+from gpt1_jax.config_file import load_config, parse_config
+from gpt1_jax.evaluation.figures import Figures
+
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+
+
+def tables(page: Path) -> list[tuple[list[str], list[list[str]]]]:
+    """The tables of a page: the cells of the head, and of each row."""
+    found: list[tuple[list[str], list[list[str]]]] = []
+    previous = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| ---"):
+            found.append(([cell.strip() for cell in previous.strip("| ").split("|")], []))
+        elif line.startswith("|") and previous.startswith("|"):
+            found[-1][1].append(cells)
+        previous = line
+    return found
+
+
+def rows(*head: str) -> list[list[str]]:
+    """The rows of every table with that head, on any page."""
+    return [row for page in PAGES for found, body in tables(page) if found == list(head) for row in body]
+
+
+def words(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def keys_of(section: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            found += keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+KEYS = rows("key", "default", "meaning")
+
+
+def test_every_key_is_documented_once():
+    assert sorted(key for key, _, _ in KEYS) == sorted(f"`{key}`" for key in keys_of(Config))
+
+
+@pytest.mark.parametrize(("key", "default"), [(words(key)[0], words(default)[0]) for key, default, _ in KEYS])
+def test_every_documented_default_is_the_default(key: str, default: str):
+    assert parse_config("", "docs", [f"{key}={default}"]) == Config()
+    section: Any = Config()
+    for part in key.split("."):
+        section = getattr(section, part)
+    assert (default == "null") == (section is None)
+
+
+def test_every_kind_of_source_is_documented_with_its_keys():
+    documented = {words(kind)[0]: set(words(keys)) for kind, keys, _ in rows("kind", "keys", "reads")}
+    models = get_args(get_args(Source)[0])
+    kinds = {get_args(model.model_fields["kind"].annotation)[0]: set(model.model_fields) for model in models}
+    assert documented == {kind: keys - {"kind", "weight"} for kind, keys in kinds.items()}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[Path, list[str]]]:
+    """The arguments of every ``gpt1`` in a fenced block, and its page."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.strip().removeprefix("$ ")
+                if re.match(r"(\w+=\S+ )*(\.venv/bin/)?gpt1 ", line):
+                    parts = shlex.split(line, comments=True)
+                    begin = next(index for index, part in enumerate(parts) if part.rpartition("/")[2] == "gpt1")
+                    found.append((page, parts[begin + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "arguments"), commands(), ids=lambda value: str(value) if value else None)
+def test_every_command_parses_and_its_configuration_is_valid(page: Path, arguments: list[str], tmp_path: Path):
+    group: Any = typer.main.get_command(app)
+    name, *rest = arguments
+    parameters = group.commands[name].make_context(name, rest).params
+    if "config" not in parameters:
+        return
+    path = parameters["config"]
+    shown = {block.split("\n")[0].removeprefix("# "): block for block in blocks(page, "yaml")}
+    if str(path) in shown:  # a file that the page tells the reader to write
+        (tmp_path / path.name).write_text(shown[str(path)], encoding="utf-8")
+        path = tmp_path / path.name
+    load_config(path, parameters["overrides"] or ())
+
+
+def test_pages_have_commands():
+    assert {page.name for page, _ in commands()} >= {"data.md", "training.md", "evaluation.md"}
+
+
+def test_the_architecture_names_every_module():
+    named = [words(module)[0] for module, _ in rows("module", "does")]
+    modules = [path.relative_to("gpt1_jax").as_posix() for path in Path("gpt1_jax").rglob("*.py")]
+    assert sorted(named) == sorted(module for module in modules if not module.endswith("__init__.py"))
+
+
+def test_the_figures_are_those_that_evaluate_reports():
+    assert [words(figure)[0] for figure, _ in rows("figure", "definition")] == list(Figures.__dataclass_fields__)
+
+
+def test_the_exit_codes_are_those_of_the_errors():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GPT1Error)]
+    assert {int(code) for code, _ in rows("exit code", "meaning")} == {0, *(kind.exit_code for kind in kinds)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
