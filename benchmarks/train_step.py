@@ -41,7 +41,12 @@ def ours(dtype: str, batch_size: int, context_length: int, overrides: list[str])
     config = parse_config(
         "",
         "benchmark",
-        [f"model.dtype={dtype}", f"train.batch_size={batch_size}", f"train.context_length={context_length}", *overrides],
+        [
+            f"model.dtype={dtype}",
+            f"train.batch_size={batch_size}",
+            f"train.context_length={context_length}",
+            *overrides,
+        ],
     )
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -95,6 +100,9 @@ PEERS: dict[str, Callable[..., Callable[[], float]]] = {"gpt1_jax": ours, "torch
 
 def worker(name: str, dtype: str, batch_size: int, context_length: int, overrides: list[str]) -> None:
     """Makes a step for every line on standard input, and answers with its seconds and loss."""
+    from gpt1_jax.training.hardware import keep_freed_memory
+
+    keep_freed_memory()  # for every peer: it spares torch page faults, too
     step = PEERS[name](dtype, batch_size, context_length, overrides)
     for _ in range(_WARMUP):  # compiles, allocates, and wakes the processor
         step()

@@ -60,12 +60,14 @@ def dot_product_attention(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
-        self.qkv = Linear({"embed": config.embed_dim}, {"qkv": 3, **heads}, dtype, rngs)
-        self.out = Linear(heads, {"embed": config.embed_dim}, dtype, rngs)
+        embed = {"embed": config.embed_dim}
+        # Apart from each other: as one product their gradients would have to be joined in memory first.
+        self.query, self.key, self.value = (Linear(embed, heads, dtype, rngs) for _ in range(3))
+        self.out = Linear(heads, embed, dtype, rngs)
         self.dropout_rate = config.attention_dropout
 
     def __call__(
@@ -89,8 +91,7 @@ class Attention(nnx.Module):
         Returns:
             The output, and the updated cache (None if none was given).
         """
-        qkv_BTCNH = self.qkv(x_BTD)
-        q_BTNH, k_BSNH, v_BSNH = (qkv_BTCNH[:, :, i] for i in range(3))
+        q_BTNH, k_BSNH, v_BSNH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if cache is not None:
             k_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSNH, k_BSNH, slot, axis=1)
             v_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSNH, v_BSNH, slot, axis=1)

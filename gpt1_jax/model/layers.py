@@ -16,6 +16,7 @@ from gpt1_jax.model.products import affine
 
 INIT_STD = 0.02  # paper, 4.1: weights start from N(0, 0.02)
 LAYER_NORM_EPSILON = 1e-5  # authors' code
+_GELU_SCALE = math.sqrt(2 / math.pi)
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
@@ -66,6 +67,29 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU in its tanh form, as the authors computed it (Hendrycks & Gimpel 2016, section 2)."""
-    return jax.nn.gelu(x, approximate=True)
+    r"""GELU in its tanh form, as the authors computed it (Hendrycks & Gimpel 2016, section 2), float32 inside.
+
+    .. math::
+        \tfrac{1}{2} x (1 + \tanh u) = \frac{x}{1 + e^{-2u}}, \qquad u = \sqrt{2 / \pi} (x + 0.044715 x^3)
+
+    The right-hand side, because a division is what XLA will not compute a second time where the backward pass reads
+    the result again.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 / (1 + jnp.exp(-2 * _gelu_argument(x32)))).astype(x.dtype)
+
+
+def _gelu_argument(x: Array) -> Array:
+    return _GELU_SCALE * (x + 0.044715 * x**3)
+
+
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    gate = jax.nn.sigmoid(2 * _gelu_argument(x32))
+    slope = 2 * _GELU_SCALE * (1 + 3 * 0.044715 * x32**2)
+    return ((g32 * (gate + x32 * gate * (1 - gate) * slope)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

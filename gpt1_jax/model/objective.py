@@ -23,7 +23,6 @@ def token_nats(
         targets_BT: the token that follows each position.
         chunk: positions of each sequence whose logits exist at once.
     """
-
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def nats(inputs: tuple[Array, Array]) -> Array:

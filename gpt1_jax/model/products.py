@@ -47,7 +47,7 @@ product.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def affine(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, " O"]) -> Array:
-    """x W + b in the dtype of ``x``, summed in float32; the gradients of kernel and bias are float32 sums too.
+    """X W + b in the dtype of ``x``, summed in float32; the gradients of kernel and bias are float32 sums too.
 
     Shapes: B batch, T position, I inputs, O outputs.
     """
@@ -74,11 +74,9 @@ def sum_of_outer_products(x_BTI: Float[Array, "B T I"], y_BTO: Float[Array, "B T
         return _einsum("BTI,BTO->IO", x_BTI, y_BTO)
 
     def transposed(x_BTI: Array, y_BTO: Array) -> Array:
-        # XLA's CPU backend has a fast bfloat16 product, but not of a transposed operand: it widens both to float32,
-        # at a fifth of the speed. Moving B out of the way makes a transpose that it does not fold into the product.
+        # XLA's CPU backend has no fast product of a transposed operand: it widens bfloat16 to float32, at a fifth of
+        # the speed, and transposes float32 badly. Moving B out of the way makes a transpose that it does not fold in.
         x_IM = x_BTI.transpose(2, 0, 1).reshape(x_BTI.shape[2], -1)
         return _einsum("IM,MO->IO", x_IM, y_BTO.reshape(x_IM.shape[1], -1))
 
-    if x_BTI.dtype == jnp.float32:
-        return plain(x_BTI, y_BTO)
     return jax.lax.platform_dependent(x_BTI, y_BTO, cpu=transposed, default=plain)
