@@ -72,7 +72,8 @@ def torch_peer(dtype: str, batch_size: int, context_length: int, overrides: list
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=max(512, context_length))).train().to(device)
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=max(512, context_length))).train()
+    model.to(device)  # pyrefly: ignore[bad-argument-type]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -115,23 +116,26 @@ def worker(name: str, dtype: str, batch_size: int, context_length: int, override
 
 def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Runs the peers in turn and returns tokens a second of each."""
-    workers = {}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    ask = {}
     for name in args.peers:
         command = [sys.executable, __file__, "--worker", name, "--dtypes", dtype, "--batch-size", str(args.batch_size)]
         command += ["--context-length", str(args.context_length), "--overrides", *args.overrides]
         workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        ready = workers[name].stdout.readline()
-        if ready.strip() != "ready":
+        lines, answers = workers[name].stdin, workers[name].stdout
+        assert lines is not None and answers is not None
+        if answers.readline().strip() != "ready":
             raise SystemExit(f"{name} did not start; run 'make bench' so that its packages are installed")
+        ask[name] = lines, answers
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(args.steps):
-        for name, process in workers.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            seconds[name].append(json.loads(process.stdout.readline())["seconds"])
-    for process in workers.values():
-        process.stdin.close()
-        process.wait()
+        for name, (lines, answers) in ask.items():
+            lines.write("\n")
+            lines.flush()
+            seconds[name].append(json.loads(answers.readline())["seconds"])
+    for name, (lines, _) in ask.items():
+        lines.close()
+        workers[name].wait()
     tokens = args.batch_size * args.context_length
     return {
         name: {

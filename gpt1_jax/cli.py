@@ -4,18 +4,18 @@ Results go to standard output; logs, progress and errors to standard error.
 """
 
 import dataclasses
-import errno
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from gpt1_jax.data.storage import FAULTS, write_atomically
 from gpt1_jax.errors import GPT1Error, StorageError, UserError
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from gpt1_jax.evaluation.figures import Figures
     from gpt1_jax.training.loop import Evaluate
     from gpt1_jax.training.run import Run
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 app = typer.Typer(
     name="gpt1",
@@ -93,11 +91,12 @@ def train(
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
     from gpt1_jax.text.tokenizer import SentencePieceTokenizer
-    from gpt1_jax.training.hardware import resolve_dtype
+    from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
     from gpt1_jax.training.run import check_run
 
+    keep_freed_memory()
     settings = resolve_dtype(load_config(config, overrides or ()))
     mesh = make_mesh(settings.mesh)
     check_mesh(settings, mesh)
@@ -117,8 +116,8 @@ def evaluate(
         list[Path] | None, typer.Option(help="Evaluate a UTF-8 text file instead of a split; may be repeated.")
     ] = None,
     split: Annotated[
-        Literal["train", "validation"], typer.Option(help="The split of the run's corpus.")
-    ] = "validation",
+        Literal["train", "validation"] | None, typer.Option(help="The split of the run's corpus; else validation.")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows; smaller gives each token more context.")
     ] = None,
@@ -127,8 +126,11 @@ def evaluate(
     """Perplexity per token and per word, and bits per byte beside xz, each token counted once."""
     from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
     from gpt1_jax.evaluation.perplexity import Evaluator
+    from gpt1_jax.training.run import open_run
 
-    opened = _open(run)
+    if text and split:
+        raise UserError(f"--text and --split {split} exclude each other: evaluate files or a split of the corpus")
+    opened = open_run(run)
     config = opened.config
     if stride is not None:
         if stride > config.context_length:
@@ -138,11 +140,12 @@ def evaluate(
         evaluator = Evaluator(config, opened.mesh, opened.tokenizer.separator_id)
         figures = evaluate_texts(evaluator, opened.params, read_texts(text), opened.tokenizer)
     else:
-        figures = _evaluate_split(dataclasses.replace(opened, config=config), _corpus_of(opened), split)
+        figures = _evaluate_split(dataclasses.replace(opened, config=config), _corpus_of(opened), split or "validation")
+    shown = dataclasses.asdict(figures)
     if as_json:
-        _print_json(dataclasses.asdict(figures))
+        _print_json(shown)
     else:
-        _print_figures(figures)
+        _print_figures(shown)
 
 
 @app.command(
@@ -163,9 +166,14 @@ def generate(
     from gpt1_jax.generation.decode import prompt_room, stream
     from gpt1_jax.generation.detokenize import Detokenizer
     from gpt1_jax.generation.sampling import Sampling
+    from gpt1_jax.training.run import open_run
+
+    def show(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
 
     sampling = Sampling(temperature, top_k, top_p)
-    opened = _open(run)
+    opened = open_run(run)
     ids = opened.tokenizer.encode(prompt)
     room = prompt_room(opened.config, tokens)
     if len(ids) > room:
@@ -182,23 +190,17 @@ def generate(
     )
     detokenizer = Detokenizer(opened.tokenizer.decode, ids)
     completion, count = "", 0
-
-    def emit(text: str) -> str:
-        if not as_json:
-            print(text, end="", flush=True)
-        return text
-
-    if not as_json:
-        print(prompt, end="", flush=True)
+    show(prompt)
     for (new,) in pieces:
         count += len(new)
-        completion += emit(detokenizer.push(new))
-    completion += emit(detokenizer.flush())
+        text = detokenizer.push(new)
+        show(text)
+        completion += text
+    rest = detokenizer.flush()
+    show(rest + "\n")
     if as_json:
         seconds = time.perf_counter() - started
-        _print_json({"prompt": prompt, "completion": completion, "tokens": count, "seconds": seconds})
-    else:
-        print()
+        _print_json({"prompt": prompt, "completion": completion + rest, "tokens": count, "seconds": seconds})
 
 
 @app.command(epilog="Examples:\n\n  gpt1 report runs/tiny\n\n  gpt1 report runs/tiny runs/wide --out comparison.html")
@@ -210,14 +212,6 @@ def report(
     from gpt1_jax.reporting.report import write_report
 
     print(write_report(runs, out))
-
-
-def _open(path: Path) -> "Run":
-    from gpt1_jax.config import MeshConfig
-    from gpt1_jax.training.mesh import make_mesh
-    from gpt1_jax.training.run import open_run
-
-    return open_run(path, make_mesh(MeshConfig()))
 
 
 def _corpus_of(run: "Run") -> "Corpus":
@@ -270,12 +264,11 @@ def _validation(config: "Config", corpus: "Corpus", mesh: "Mesh") -> "Evaluate":
     def figures(params: Any) -> dict[str, float]:
         score = evaluator(params, stream, config.evaluation.max_tokens)
         loss = score.nats / score.tokens
-        # Tokens per byte of the whole split, so that the figure is exact where all of it was evaluated.
-        bits_per_byte = loss / math.log(2) * counts.tokens / counts.bytes
         return {
             "validation_loss": loss,
-            "validation_perplexity": math.exp(loss),
-            "validation_bits_per_byte": bits_per_byte,
+            "validation_perplexity": score.perplexity,
+            # Tokens per byte of the whole split, so that the figure is exact where all of it was evaluated.
+            "validation_bits_per_byte": loss / math.log(2) * counts.tokens / counts.bytes,
         }
 
     return figures
@@ -286,26 +279,26 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
 
     What a finished run already has is shown again, not made again.
     """
-    from gpt1_jax.evaluation.figures import Figures
+    from gpt1_jax.reporting.records import EVALUATION, SAMPLES, read_final, read_samples
     from gpt1_jax.reporting.report import write_report
     from gpt1_jax.training.run import open_run
 
-    evaluation, samples, page = path / "evaluation.json", path / "samples.jsonl", path / "report.html"
+    page = path / "report.html"
     opened = open_run(path, mesh)
-    done: dict[str, Any] | None = json.loads(evaluation.read_text()) if evaluation.exists() else None
-    if done is None or done["step"] != opened.step:
-        figures = _evaluate_split(opened, corpus, "validation")
-        _write(samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in _samples(opened)))
-        done = {"step": opened.step, **dataclasses.asdict(figures)}
-        _write(evaluation, json.dumps(done) + "\n")
-        write_report([path], None)
-    figures = Figures(**{field.name: done[field.name] for field in dataclasses.fields(Figures)})
-    sample = json.loads(samples.read_text(encoding="utf-8").split("\n")[0])  # a text may hold other line ends
+    final, samples = read_final(path), read_samples(path)
+    if not (final.get("step") == opened.step and samples and page.exists()):
+        final = {"step": opened.step, **dataclasses.asdict(_evaluate_split(opened, corpus, "validation"))}
+        samples = list(_samples(opened))
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_atomically(path / SAMPLES, "".join(lines).encode())
+        write_report([path], final=final)
+        write_atomically(path / EVALUATION, json.dumps(final).encode() + b"\n")  # last: it says that all is done
+    sample = samples[0]
     if as_json:
-        _print_json({"run": str(path), **done, "sample": sample, "report": str(page)})
+        _print_json({"run": str(path), **final, "sample": sample, "report": str(page)})
         return
     print(f"\n{path} is trained: {opened.step:,} steps.\n")
-    _print_figures(figures)
+    _print_figures(final)
     print(f"\nSample:\n  {(sample['prompt'] + sample['completion']).strip()}\n".replace("\n", "\n  ").rstrip())
     print(
         f"\nNext:\n  .venv/bin/gpt1 generate {path} {json.dumps(sample['prompt'])} --temperature 0.8 --top-k 40\n"
@@ -334,19 +327,13 @@ def _samples(run: "Run") -> Iterator[dict[str, Any]]:
         yield {"step": run.step, "prompt": prompt, "completion": text[len(prompt) :]}
 
 
-def _write(path: Path, text: str) -> None:
-    from gpt1_jax.data.storage import write_atomically
-
-    write_atomically(path, text.encode())
-
-
-def _print_figures(figures: "Figures") -> None:
-    words = "-" if figures.word_perplexity is None else f"{figures.word_perplexity:,.2f}"
-    print(f"{figures.split}: {figures.documents:,} documents")
-    print(f"  perplexity       {figures.perplexity:,.2f} per token  ({figures.tokens:,} tokens)")
-    print(f"  word perplexity  {words} per word  ({figures.words:,} words)")
-    xz = f"xz -9: {figures.xz_bits_per_byte:.4f}"
-    print(f"  bits per byte    {figures.bits_per_byte:.4f}  ({figures.bytes:,} bytes; {xz})")
+def _print_figures(figures: Mapping[str, Any]) -> None:
+    words = "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}"
+    print(f"{figures['split']}: {figures['documents']:,} documents")
+    print(f"  perplexity       {figures['perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
+    print(f"  word perplexity  {words} per word  ({figures['words']:,} words)")
+    xz = f"xz -9: {figures['xz_bits_per_byte']:.4f}"
+    print(f"  bits per byte    {figures['bits_per_byte']:.4f}  ({figures['bytes']:,} bytes; {xz})")
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -366,7 +353,7 @@ def main() -> None:
         _say(f"gpt1: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FAULTS:
             raise
-        _say(f"gpt1: {error}; make room, or write elsewhere, and run the same command again")
+        _say(f"gpt1: {error}; make room, get access or write elsewhere, and run the same command again")
         sys.exit(StorageError.exit_code)

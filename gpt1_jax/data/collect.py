@@ -14,9 +14,9 @@ import pydantic
 
 from gpt1_jax.config import CleaningConfig, DataConfig
 from gpt1_jax.data.manifest import SourceCounts, Split
-from gpt1_jax.data.pool import ordered_map
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import UserError
+from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.cleaning import clean
 from gpt1_jax.text.document import DUPLICATE, FILTERS, Document, Skipped, TextSource
 

@@ -11,8 +11,8 @@ import numpy as np
 from gpt1_jax.data.collect import SPLITS, Collected, Progress
 from gpt1_jax.data.documents import DocumentReader
 from gpt1_jax.data.manifest import Shard, Split
-from gpt1_jax.data.pool import ordered_map
 from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.tokenizer import SentencePieceTokenizer
 
 TOKENIZER = "tokenizer.model"

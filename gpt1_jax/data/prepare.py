@@ -24,9 +24,9 @@ from gpt1_jax.data.collect import SPLITS, Collected, Progress, collect, collecte
 from gpt1_jax.data.documents import FOLDER, DocumentReader, read_documents, write_documents
 from gpt1_jax.data.encode import TOKENIZER, encode_documents, token_dtype
 from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SplitCounts, fingerprint_of, sha256_of
-from gpt1_jax.data.pool import available_cores
 from gpt1_jax.data.storage import locked, storage_errors, write_atomically
 from gpt1_jax.errors import UserError
+from gpt1_jax.pool import available_cores
 from gpt1_jax.text.document import TextSource
 from gpt1_jax.text.sources import open_source
 from gpt1_jax.text.tokenizer import SentencePieceTokenizer, train_tokenizer
@@ -93,7 +93,8 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
 
 def _open(config: Config) -> tuple[list[TextSource], SentencePieceTokenizer | None]:
     """The sources and the given tokenizer, if any: mistakes show before any work is done."""
-    sources = [open_source(source, config.data.cleaning.max_chars) for source in config.data.sources]
+    max_chars, workers = config.data.cleaning.max_chars, _workers(config)
+    sources = [open_source(source, max_chars, workers) for source in config.data.sources]
     path = config.data.tokenizer.file
     if path is None:
         return sources, None
@@ -104,6 +105,10 @@ def _open(config: Config) -> tuple[list[TextSource], SentencePieceTokenizer | No
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or give another model"
         )
     return sources, tokenizer
+
+
+def _workers(config: Config) -> int:
+    return config.data.workers or available_cores()
 
 
 def _settings(config: Config, sources: list[TextSource]) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def _run_stages(
         shutil.rmtree(work, ignore_errors=True)
         return
     work.mkdir(parents=True, exist_ok=True)
-    workers = config.data.workers or available_cores()
+    workers = _workers(config)
     collected = collect(sources, config.data, work, workers, progress)
     if not (partial / FOLDER).exists():
         progress("writing documents", 0, None)

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from gpt1_jax.errors import StorageError
 
-_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOLCK}
+# Of an OSError: the disk is full, read-only or failing, access is denied, or something else has the place of the path.
+FAULTS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOLCK}
+    | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -32,10 +36,11 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FAULTS:
+        if error.errno not in FAULTS:
             raise
         raise StorageError(
-            f"{folder}: cannot write: {error}; make room or set data.root elsewhere, and run the same command again"
+            f"{folder}: cannot write: {error}; make room, get access or set data.root elsewhere, and run the same "
+            "command again"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """Causal multi-head self-attention (paper, section 3.1), and the one function behind which kernels live.
 
-Shapes: B batch, T query position, S key position, D embedding, N heads, H head size.
+Shapes: B batch, T query position, S key position, D embedding, L layers, N heads, H head size.
 """
 
 import math
@@ -16,14 +16,16 @@ from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.dropout import dropout, seed_of
 from gpt1_jax.model.layers import Linear
 
+# What the key model.attention chooses from: causal attention over [B, N, T, H], dropout on the probabilities included.
+_CAUSAL = {"xla": causal_attention}
 _MASKED = -1e30  # finite, so that a row with no key at all is uniform and not NaN
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions seen so far, one slot a position."""
+    """Keys and values of the positions seen so far, of every layer, one slot a position."""
 
-    k_BSNH: Float[Array, "B S N H"]
-    v_BSNH: Float[Array, "B S N H"]
+    k_LBSNH: Float[Array, "L B S N H"]
+    v_LBSNH: Float[Array, "L B S N H"]
 
 
 def dot_product_attention(
@@ -34,6 +36,7 @@ def dot_product_attention(
     mask_BTS: Bool[Array, "B T S"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention: softmax(q k' / sqrt(H)) v.
 
@@ -44,6 +47,7 @@ def dot_product_attention(
         mask_BTS: which key each query may see; None means causal, query t sees keys 0 to t (then S = T).
         dropout_rate: probability with which an attention probability is zeroed.
         dropout_key: random key of that dropout; None switches it off.
+        implementation: of the causal form, a value of ``model.attention``.
 
     Returns:
         The attended values, in the dtype of the values. Scores and softmax are float32.
@@ -51,7 +55,7 @@ def dot_product_attention(
     if mask_BTS is None:
         q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
         seed = None if dropout_key is None else seed_of(dropout_key)
-        return causal_attention(q_BNTH, k_BNTH, v_BNTH, seed, dropout_rate).swapaxes(1, 2)
+        return _CAUSAL[implementation](q_BNTH, k_BNTH, v_BNTH, seed, dropout_rate).swapaxes(1, 2)
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS * scale, _MASKED), axis=-1)
@@ -69,6 +73,7 @@ class Attention(nnx.Module):
         self.query, self.key, self.value = (Linear(embed, heads, dtype, rngs) for _ in range(3))
         self.out = Linear(heads, embed, dtype, rngs)
         self.dropout_rate = config.attention_dropout
+        self.implementation = config.attention
 
     def __call__(
         self,
@@ -76,6 +81,7 @@ class Attention(nnx.Module):
         *,
         mask_BTS: Bool[Array, "B T S"] | None = None,
         cache: KVCache | None = None,
+        layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -84,7 +90,8 @@ class Attention(nnx.Module):
         Args:
             x_BTD: the T new positions.
             mask_BTS: which keys each query may see; None means causal within ``x_BTD``.
-            cache: keys and values of S slots, of which T are overwritten from ``slot`` on.
+            cache: keys and values of S slots, of which this layer's T are overwritten from ``slot`` on.
+            layer: with a cache, which layer this is.
             slot: first slot of the new positions.
             dropout_key: random key; None switches dropout off.
 
@@ -93,10 +100,19 @@ class Attention(nnx.Module):
         """
         q_BTNH, k_BSNH, v_BSNH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if cache is not None:
-            k_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSNH, k_BSNH, slot, axis=1)
-            v_BSNH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSNH, v_BSNH, slot, axis=1)
-            cache = KVCache(k_BSNH, v_BSNH)
+            assert layer is not None and slot is not None
+            start = (layer, 0, slot, 0, 0)
+            k_LBSNH = jax.lax.dynamic_update_slice(cache.k_LBSNH, k_BSNH[None], start)
+            v_LBSNH = jax.lax.dynamic_update_slice(cache.v_LBSNH, v_BSNH[None], start)
+            k_BSNH, v_BSNH = k_LBSNH[layer], v_LBSNH[layer]
+            cache = KVCache(k_LBSNH, v_LBSNH)
         attended_BTNH = dot_product_attention(
-            q_BTNH, k_BSNH, v_BSNH, mask_BTS=mask_BTS, dropout_rate=self.dropout_rate, dropout_key=dropout_key
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            mask_BTS=mask_BTS,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+            implementation=self.implementation,
         )
         return self.out(attended_BTNH), cache

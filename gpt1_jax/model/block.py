@@ -29,12 +29,15 @@ class Block(nnx.Module):
         *,
         mask_BTS: Bool[Array, "B T S"] | None = None,
         cache: KVCache | None = None,
+        layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns the layer's output and the updated cache; arguments as in :class:`Attention`."""
         keys = (None, None, None) if dropout_key is None else tuple(jax.random.split(dropout_key, 3))
-        attended_BTD, cache = self.attention(x_BTD, mask_BTS=mask_BTS, cache=cache, slot=slot, dropout_key=keys[0])
+        attended_BTD, cache = self.attention(
+            x_BTD, mask_BTS=mask_BTS, cache=cache, layer=layer, slot=slot, dropout_key=keys[0]
+        )
         x_BTD = self.ln_1(x_BTD + dropout(attended_BTD, self.dropout_rate, keys[1]))
         hidden_BTF = gelu(self.mlp_in(x_BTD))
         return self.ln_2(x_BTD + dropout(self.mlp_out(hidden_BTF), self.dropout_rate, keys[2])), cache

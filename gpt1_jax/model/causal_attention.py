@@ -67,7 +67,7 @@ def _backward(dropout_rate: float, residuals: tuple, do_BNTH: Array) -> tuple[Ar
     # Keys' and values' gradients are summed transposed, from small transposed operands that XLA must not fold back
     # into the products: its CPU backend widens those of transposed bfloat16 operands to float32.
     q_BNHT, do_BNHT = jax.lax.optimization_barrier((q_BNTH.swapaxes(2, 3), do_BNTH.swapaxes(2, 3)))
-    dq, dk_BNHT, dv_BNHT = [], 0.0, 0.0
+    dq, dk_BNHT, dv_BNHT = [], jnp.zeros(q_BNHT.shape, jnp.float32), jnp.zeros(q_BNHT.shape, jnp.float32)
     for (start, stop), normalizer_BNQ1 in zip(_blocks(q_BNTH), normalizers, strict=True):
         probs_BNQS = jnp.exp(_scores(q_BNTH, k_BNTH, start, stop) - normalizer_BNQ1)
         dprobs_BNQS = _product("BNQH,BNSH->BNQS", do_BNTH[:, :, start:stop], v_BNTH[:, :, :stop])
@@ -104,7 +104,7 @@ def _dropped(x_BNQS: Array, q_BNTH: Array, seed: Array | None, rate: float, star
     """Dropout of one block of probabilities, or of their gradient."""
     if seed is None or rate == 0:
         return x_BNQS
-    batch, heads, length = q_BNTH.shape[:3]
+    heads, length = q_BNTH.shape[1:3]
     iota = partial(jax.lax.broadcasted_iota, jnp.uint32, x_BNQS.shape)
     rows = (iota(0) * jnp.uint32(heads) + iota(1)) * jnp.uint32(length) + iota(2) + jnp.uint32(start)
     return jnp.where(keep_mask(seed, rows, iota(3), rate), x_BNQS * (1 / (1 - rate)), 0)

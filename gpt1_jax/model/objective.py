@@ -74,7 +74,8 @@ def _cross_entropy_fwd(
         return dtable_DV, (dx_BCD.astype(compute), nats_BC)
 
     zeros_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32)
-    dtable_DV, (dx, nats) = jax.lax.scan(step, zeros_DV, _chunk(chunk, x_BTD, targets_BT, weights_BT))
+    chunks = _chunk(chunk, x_BTD, targets_BT, weights_BT)
+    dtable_DV, (dx, nats) = jax.lax.scan(step, zeros_DV, chunks)  # pyrefly: ignore[bad-argument-type]
     # Without the barrier XLA's CPU backend makes the transpose part of a product that it then cannot run.
     dtable_VD = jax.lax.optimization_barrier(dtable_DV).T
     dtable_VD = dtable_VD.at[targets_BT].add(-weights_BT[..., None] * x_BTD.astype(jnp.float32))

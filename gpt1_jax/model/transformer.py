@@ -69,22 +69,22 @@ class GPT(nnx.Module):
         definition, stack = nnx.split(self.blocks)
 
         def layer(
-            x_BTD: Array, params: nnx.State, index: Array | int, cache: KVCache | None
+            x_BTD: Array, cache: KVCache | None, params: nnx.State, index: Array | int
         ) -> tuple[Array, KVCache | None]:
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             block = nnx.merge(definition, params)
-            return block(x_BTD, mask_BTS=mask_BTS, cache=cache, slot=slot, dropout_key=key)
+            return block(x_BTD, mask_BTS=mask_BTS, cache=cache, layer=index, slot=slot, dropout_key=key)
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)
         num_layers = self.config.num_layers
         if self.config.scan_layers:
-            return jax.lax.scan(lambda x, inputs: layer(x, *inputs), x_BTD, (stack, jnp.arange(num_layers), cache))
-        caches = []
-        for index, (params, layer_cache) in enumerate(_unstack((stack, cache), num_layers)):
-            x_BTD, layer_cache = layer(x_BTD, params, index, layer_cache)
-            caches.append(layer_cache)
-        return x_BTD, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            # The whole cache is carried, so that a layer writes its new slots in place.
+            inputs = (stack, jnp.arange(num_layers))
+            return jax.lax.scan(lambda carry, inputs: (layer(*carry, *inputs), None), (x_BTD, cache), inputs)[0]
+        for index, params in enumerate(_unstack(stack, num_layers)):
+            x_BTD, cache = layer(x_BTD, cache, params, index)
+        return x_BTD, cache
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of the next token, float32: the hidden states times the transposed token table."""

@@ -4,18 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config
 from gpt1_jax.errors import DamagedError, UserError
-from gpt1_jax.training.metrics import METRICS, read_metrics
+from gpt1_jax.training.metrics import METRICS, Record, read_records
 from gpt1_jax.training.run import CONFIG
 
 SAMPLES = "samples.jsonl"  # a line per completion: step, prompt, completion
-EVALUATION = "evaluation.json"  # the figures of the final evaluation, under the keys of `gpt1 evaluate --json`
-
-Record = dict[str, Any]
+EVALUATION = "evaluation.json"  # the final figures: step, and the keys of `gpt1 evaluate --json`
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class RunRecords:
         steps: the logged steps, in order.
         evaluations: the evaluations while training, in order.
         samples: completions, in order; may be empty.
-        final: the final figures; empty if there was no final evaluation.
+        final: the final figures; empty if there was no final evaluation, or the run has gone on since.
     """
 
     name: str
@@ -55,39 +52,45 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecords]:
 def _read_run(folder: Path, name: str) -> RunRecords:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
-    records = _read_lines(folder / METRICS, "step", "tokens")
+    records = read_records(folder / METRICS, "step", "tokens")
     steps = [record for record in records if "loss" in record]
     if not steps:
         raise UserError(
             f"{folder}: the run has logged no step yet, so there is nothing to report; "
             f"train it with 'gpt1 train {folder / CONFIG}'"
         )
+    final = read_final(folder)
     return RunRecords(
         name=name,
         config=load_config(folder / CONFIG),
         steps=steps,
         evaluations=[record for record in records if "validation_loss" in record],
-        samples=_read_lines(folder / SAMPLES, "step", "prompt", "completion"),
-        final=_read_final(folder / EVALUATION),
+        samples=read_samples(folder),
+        final=final if final.get("step", 0) >= steps[-1]["step"] else {},
     )
 
 
-def _read_lines(path: Path, *keys: str) -> list[Record]:
-    try:
-        records = read_metrics(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path}: not lines of JSON: {error}") from None
-    for number, record in enumerate(records, 1):
-        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise DamagedError(f"{path}: record {number} lacks {', '.join(missing)}")
-    return records
+def read_samples(folder: Path) -> list[Record]:
+    """The completions in a run's folder; none before its end.
+
+    Raises:
+        DamagedError: naming the file and the line.
+    """
+    return read_records(folder / SAMPLES, "step", "prompt", "completion")
 
 
-def _read_final(path: Path) -> Record:
+def read_final(folder: Path) -> Record:
+    """The final figures in a run's folder; empty before its end.
+
+    Raises:
+        DamagedError: naming the file.
+    """
+    path = folder / EVALUATION
     if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: not the figures of an evaluation: {error}; run 'gpt1 evaluate' again") from None
+        raise DamagedError(
+            f"{path}: not the figures of an evaluation: {error}; delete it and run 'gpt1 train' again"
+        ) from None

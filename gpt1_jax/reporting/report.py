@@ -1,6 +1,7 @@
 """The report of one or several runs: one HTML page that needs nothing beside it, and its pictures as PNG files."""
 
 import base64
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,40 +10,51 @@ from typing import Any
 import jinja2
 
 from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import num_parameters
 from gpt1_jax.reporting.charts import CHARTS, XAxis, draw, short
-from gpt1_jax.reporting.records import RunRecords, read_runs
+from gpt1_jax.reporting.records import Record, RunRecords, read_runs
 
 _X_AXES: tuple[XAxis, ...] = ("step", "tokens")
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Path], out: Path | None = None, final: Record | None = None) -> Path:
     """Writes the report of runs; several share every picture.
 
     Args:
         runs: their folders.
         out: the page; None: ``report.html`` in the run's folder, or in the folder above if there are several. The
             pictures go into a folder beside it, of the same name without ``.html``.
+        final: the runs' final figures, where they are not on disk yet.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: if a folder holds no run or no metrics yet.
+        UserError: if a folder holds no run or no metrics yet, or the page's name does not end in ``.html``.
         DamagedError: if a file is not what training writes.
     """
     runs = [Path(run) for run in runs]
     records = read_runs(runs)
     page = Path(out) if out else (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
+    if page.suffix != ".html":
+        raise UserError(f"{page}: the name of a page must end in .html, such as {page.name}.html")
+    if final is not None:
+        records = [dataclasses.replace(record, final=final) for record in records]
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     charts = []
     for chart in CHARTS:
-        pictures = {x_axis: picture for x_axis in _X_AXES if (picture := draw(chart, records, x_axis))}
-        for x_axis, picture in pictures.items():
-            write_atomically(folder / f"{chart.file}_by_{x_axis}.png", picture)
-        if pictures:
-            inline = {x_axis: base64.b64encode(picture).decode() for x_axis, picture in pictures.items()}
+        inline = {}
+        for x_axis in _X_AXES:
+            file = folder / f"{chart.file}_by_{x_axis}.png"
+            picture = draw(chart, records, x_axis)
+            if picture is None:
+                file.unlink(missing_ok=True)  # of an earlier report
+            else:
+                write_atomically(file, picture)
+                inline[x_axis] = base64.b64encode(picture).decode()
+        if inline:
             charts.append({"title": chart.title, "pictures": inline})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gpt1_jax.reporting", "."),

@@ -4,6 +4,7 @@ Memory is bounded by ``data.cleaning.max_chars``, not by the size of a file.
 """
 
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -24,7 +25,6 @@ from gpt1_jax.text.compression import DAMAGE, SUFFIXES, decompressed
 from gpt1_jax.text.document import Document, Skipped, to_document
 
 _HASHED_BYTES = 256_000_000  # local files up to this size in all are told apart by content, larger ones by time
-_UNREACHABLE = (ConnectionError, TimeoutError, FileNotFoundError, PermissionError)
 _ROWS = 64  # of a Parquet file held at once
 _UTF8_BYTES, _JSON_BYTES = 4, 12  # most bytes that one character takes: in UTF-8, and as \uXXXX\uXXXX
 _OTHER_FIELDS = 1_000_000  # bytes of a JSON line beside its text
@@ -58,11 +58,10 @@ class FilesSource:
         for path in self._files:
             try:
                 yield from self._read_file(path)
-            except _UNREACHABLE as error:
-                if "://" in path:  # an outage of the network must not become a smaller corpus
-                    raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
-                yield Skipped(path, "unreadable", f"it cannot be read: {error}")
             except DAMAGE as error:
+                if "://" in path and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+                    # An outage of the network must not become a smaller corpus.
+                    raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
                 yield Skipped(path, "unreadable", f"it is damaged or cannot be read: {error}")
 
     def _read_file(self, path: str) -> Iterator[Document | Skipped]:
@@ -172,7 +171,11 @@ def matched(patterns: tuple[str, ...]) -> list[str]:
 
 
 def file_states(paths: list[str]) -> list[list[Any]]:
-    """What tells a changed file from an unchanged one: its name, its size, and its content, time or remote tag."""
+    """What tells a changed file from an unchanged one: its name, its size, and its content, time or remote tag.
+
+    Raises:
+        StorageError: if remote storage cannot be reached.
+    """
     local = [path for path in paths if "://" not in path]
     hashed = sum(os.path.getsize(path) for path in local) <= _HASHED_BYTES
     return [_local_state(path, hashed) if "://" not in path else _remote_state(path) for path in paths]
@@ -190,8 +193,11 @@ def _local_state(path: str, hashed: bool) -> list[Any]:
 
 
 def _remote_state(path: str) -> list[Any]:
-    file_system, name = fsspec.core.url_to_fs(path)
-    info = file_system.info(name)
+    try:
+        file_system, name = fsspec.core.url_to_fs(path)
+        info = file_system.info(name)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
     tags = ("ETag", "etag", "md5Hash", "md5", "crc32c", "LastModified", "mtime", "updated", "created")
     tag = next((str(info[key]) for key in tags if info.get(key)), None)
     return [path, info.get("size"), tag]

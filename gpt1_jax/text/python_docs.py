@@ -5,7 +5,6 @@ extra, or another package, changes nothing.
 """
 
 import ast
-import hashlib
 import inspect
 import platform
 import sys
@@ -14,11 +13,12 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.document import Document, Skipped
 
 _PROJECT = "gpt1-jax"
@@ -27,9 +27,16 @@ _NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class PythonDocsSource:
-    """One document a module: its documentation strings in the order of the file, each under the name it documents."""
+    """One document a module: its documentation strings in the order of the file, each under the name it documents.
+
+    Args:
+        workers: processes that parse.
+    """
 
     name = label = "python_docs"
+
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = workers
 
     def settings(self) -> dict[str, Any]:
         """Versions of Python and of every distribution that is read."""
@@ -41,19 +48,18 @@ class PythonDocsSource:
 
     def read(self) -> Iterator[Document | Skipped]:
         """The modules by distribution and path, the standard library first; each string once in the corpus."""
-        seen: set[bytes] = set()
-        for name, path in self._modules():
-            identity = f"python_docs:{name}"
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # old files have invalid escapes
-                    tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError, RecursionError) as error:  # templates, files of other versions
-                yield Skipped(identity, "not_python", f"it cannot be parsed: {error}")
+        seen: set[str] = set()
+        for module in ordered_map(_parse, self._modules(), self._workers):
+            if isinstance(module, Skipped):
+                yield module
                 continue
-            text = "\n\n".join(_sections(tree, _dotted(name), seen))
-            if text:
-                yield Document(text, identity)
+            new = []
+            for heading, text in module.sections:
+                if text not in seen:
+                    seen.add(text)
+                    new.append(f"{heading}\n{text}")
+            if new:
+                yield Document("\n\n".join(new), module.identity)
 
     def _modules(self) -> Iterator[tuple[str, Path]]:
         library = Path(sysconfig.get_path("stdlib"))
@@ -104,18 +110,32 @@ def _dotted(name: str) -> str:
     return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def _sections(node: ast.AST, module: str, seen: set[bytes], name: str = "") -> Iterator[str]:
-    """A heading line and the text for every documentation string that is new to the corpus."""
+class _Module(NamedTuple):
+    identity: str
+    sections: list[tuple[str, str]]  # heading and text of every documentation string
+
+
+def _parse(module: tuple[str, Path]) -> _Module | Skipped:
+    name, path = module
+    identity = f"python_docs:{name}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files have invalid escapes
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError) as error:  # templates, files of other versions
+        return Skipped(identity, "not_python", f"it cannot be parsed: {error}")
+    return _Module(identity, list(_sections(tree, _dotted(name))))
+
+
+def _sections(node: ast.AST, module: str, name: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(node, (ast.Module, *_NAMED)):
         raw = ast.get_docstring(node, clean=False)
         # A lone surrogate, from an escape such as "\\ud800", would make the whole module no text.
         text = inspect.cleandoc(raw).encode("utf-8", "replace").decode("utf-8") if raw else ""
-        digest = hashlib.sha256(text.encode()).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield f"{name or module}\n{text}"
+        if text.strip():
+            yield name or module, text
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _NAMED):
-            yield from _sections(child, module, seen, f"{name}.{child.name}" if name else child.name)
+            yield from _sections(child, module, f"{name}.{child.name}" if name else child.name)
         elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
-            yield from _sections(child, module, seen, name)
+            yield from _sections(child, module, name)

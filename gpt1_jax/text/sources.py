@@ -7,19 +7,20 @@ from gpt1_jax.text.huggingface import HuggingFaceSource
 from gpt1_jax.text.python_docs import PythonDocsSource
 
 
-def open_source(config: Source, max_chars: int) -> TextSource:
+def open_source(config: Source, max_chars: int, workers: int) -> TextSource:
     """Opens a source.
 
     Args:
         config: its section of the configuration.
         max_chars: ``data.cleaning.max_chars``, which bounds what is read into memory at once.
+        workers: processes that may read it; they change nothing but the time.
 
     Raises:
         UserError: if it is not there, or needs a library that is not installed.
     """
     match config:
         case PythonDocs():
-            return PythonDocsSource()
+            return PythonDocsSource(workers)
         case Files():
             return FilesSource(config, max_chars)
         case Tfds():

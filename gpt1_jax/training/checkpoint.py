@@ -50,14 +50,15 @@ class _RunFilesHandler(ocp.CheckpointHandler):
     def save(self, directory: epath.Path, args: "_SaveRunFiles") -> None:
         if jax.process_index() == 0:
             files = args.files
-            (directory / "config.yaml").write_text(files.config)
+            (directory / "config.yaml").write_text(files.config, encoding="utf-8")
             (directory / "tokenizer.model").write_bytes(files.tokenizer)
-            (directory / "position.json").write_text(json.dumps({"examples": files.examples, "corpus": files.corpus}))
+            position = json.dumps({"examples": files.examples, "corpus": files.corpus})
+            (directory / "position.json").write_text(position, encoding="utf-8")
 
     def restore(self, directory: epath.Path, args: "_RestoreRunFiles") -> RunFiles:
-        position = json.loads((directory / "position.json").read_text())
+        position = json.loads((directory / "position.json").read_text(encoding="utf-8"))
         return RunFiles(
-            config=(directory / "config.yaml").read_text(),
+            config=(directory / "config.yaml").read_text(encoding="utf-8"),
             tokenizer=(directory / "tokenizer.model").read_bytes(),
             examples=position["examples"],
             corpus=position["corpus"],
@@ -145,7 +146,9 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except Exception as error:  # of any type: Orbax raises what TensorStore finds as a bare Exception
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the storage's fault
             raise DamagedError(
                 f"{self.path(step)}: the checkpoint cannot be read: {error}\n"
                 "move its folder away and run the same command again to go on from the checkpoint before it"

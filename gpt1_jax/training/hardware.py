@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
 import jax
 
@@ -22,11 +23,22 @@ PEAK_FLOPS = {
 
 
 def resolve_dtype(config: Config) -> Config:
-    """Replaces ``model.dtype: auto`` by what is fastest on the default device: bfloat16, on a CPU float32."""
+    """Replaces ``model.dtype: auto`` by what is fastest on the default device.
+
+    That is bfloat16 on TPUs, GPUs, and CPUs that multiply it in hardware; on others float32.
+    """
     if config.model.dtype != "auto":
         return config
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "bfloat16" if jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16() else "float32"
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has matrix units for bfloat16; vector instructions for it are no faster than float32."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return False
 
 
 def keep_freed_memory() -> None:

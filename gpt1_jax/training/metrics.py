@@ -1,7 +1,6 @@
 """Where a run's figures are kept: metrics.jsonl and TensorBoard; and the clock they are taken by."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,12 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from gpt1_jax.config import Config
+from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.errors import DamagedError
 
 METRICS = "metrics.jsonl"
+
+Record = dict[str, Any]
 
 
 class MetricsLog:
@@ -22,20 +25,21 @@ class MetricsLog:
         config: the run.
         step: the step that the run goes on from. Records after it, written by a process that died before its next
             checkpoint, are dropped: those steps will be made, and written, again.
+
+    Raises:
+        DamagedError: if the file holds what no process of ours has written.
     """
 
     def __init__(self, config: Config, step: int):
         self._path = config.run_dir / METRICS
         self.seconds = 0.0  # training time of the records kept
         kept = []
-        for record in read_metrics(self._path):
+        for record in read_records(self._path, "step", "tokens"):
             if record["step"] <= step:
                 kept.append(json.dumps(record) + "\n")
                 self.seconds = record.get("seconds", self.seconds)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", buffering=1)
+        write_atomically(self._path, "".join(kept).encode())
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
         self._board = None
         if config.logging.tensorboard:
             self._board = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1)
@@ -57,12 +61,31 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a killed process left unfinished is passed over."""
+def read_records(path: Path, *keys: str) -> list[Record]:
+    """The records of a file of JSON lines; a last line that a killed process left unfinished is passed over.
+
+    Args:
+        path: of the file; one that is not there has no records.
+        keys: that every record has.
+
+    Raises:
+        DamagedError: naming the file and the line.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise DamagedError(f"{path}:{number}: not a line of JSON: {error}; mend or delete the line") from None
+        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise DamagedError(f"{path}:{number}: the record lacks {', '.join(missing)}; mend or delete the line")
+        records.append(record)
+    return records
 
 
 class Stopwatch:

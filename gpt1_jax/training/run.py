@@ -1,6 +1,5 @@
 """A run's folder: made by training, opened by everything that uses a trained model."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +8,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gpt1_jax.config import Config
-from gpt1_jax.config_file import load_config, parse_config
+from gpt1_jax.config import Config, MeshConfig
+from gpt1_jax.config_file import parse_config
+from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from gpt1_jax.training.checkpoint import Checkpoints
-from gpt1_jax.training.mesh import tree_shardings
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.mesh import check_mesh, make_mesh, tree_shardings
 
 CONFIG = "config.yaml"
 
 # Keys that may differ when a run goes on, because its losses and weights do not depend on them.
 _FREE_KEYS = (
+    "name",
     "runs_dir",
     "data.root",
     "data.workers",
@@ -58,12 +59,13 @@ class Run:
     params: Params
 
 
-def open_run(path: str | Path, mesh: Mesh) -> Run:
+def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
     """Reads the newest checkpoint of a run.
 
     Args:
         path: the run's folder.
-        mesh: where to put the weights.
+        mesh: where to put the weights; None: the run's own mesh, or, where the devices at hand do not make it up, all
+            of them with a copy of the weights on each.
 
     Raises:
         UserError: if there is no run, or no checkpoint yet.
@@ -77,7 +79,8 @@ def open_run(path: str | Path, mesh: Mesh) -> Run:
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
-        config = parse_config(files.config, str(checkpoints.path(step) / "run" / CONFIG))
+        config = _config_in(files, checkpoints.path(step))
+        mesh = mesh or _mesh_for(config)
         layouts = tree_shardings(mesh, parameter_axes(config.model), abstract_params(config.model))
         abstract = jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
@@ -89,15 +92,22 @@ def open_run(path: str | Path, mesh: Mesh) -> Run:
 
 
 def check_run(config: Config, allow_changes: bool) -> None:
-    """Checks that a run of this name, if there is one, was made by this configuration.
+    """Checks that the run's newest checkpoint, if it has one, was made by this configuration.
+
+    An attempt that did not come to a checkpoint binds nothing, whatever it left behind.
 
     Raises:
         UserError: naming every key that differs and matters.
+        DamagedError: if the checkpoint cannot be read.
     """
-    path = config.run_dir / CONFIG
-    if not path.exists() or allow_changes:
+    if allow_changes:
         return
-    changes = list(_differences(load_config(path).model_dump(mode="json"), config.model_dump(mode="json")))
+    with Checkpoints(config.run_dir) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return
+        made_by = _config_in(checkpoints.read_files(step), checkpoints.path(step))
+    changes = list(_differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
     if changes:
         raise UserError(
             f"{config.run_dir}: this run was made by another configuration:\n"
@@ -107,13 +117,24 @@ def check_run(config: Config, allow_changes: bool) -> None:
 
 
 def write_config(config: Config) -> None:
-    """Writes the resolved configuration into the run's folder, if it is not there already."""
-    path, text = config.run_dir / CONFIG, config.to_yaml()
-    if not path.exists() or path.read_text() != text:
+    """Writes the resolved configuration into the run's folder, in the place of another that is there."""
+    path, content = config.run_dir / CONFIG, config.to_yaml().encode()
+    if not path.exists() or path.read_bytes() != content:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_atomically(path, content)
+
+
+def _config_in(files: RunFiles, checkpoint: Path) -> Config:
+    return parse_config(files.config, str(checkpoint / "run" / CONFIG))
+
+
+def _mesh_for(config: Config) -> Mesh:
+    try:
+        mesh = make_mesh(config.mesh)
+        check_mesh(config, mesh)
+    except UserError:  # trained on other devices
+        return make_mesh(MeshConfig())
+    return mesh
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:

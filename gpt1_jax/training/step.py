@@ -95,5 +95,6 @@ def compile_train_step(config: Config, optimizer: optax.GradientTransformation, 
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
     )
     # On a CPU with AVX-512 the compiler would otherwise use half of each vector register; elsewhere it has no effect.
-    options = {"xla_cpu_prefer_vector_width": 512} if mesh.devices.flat[0].platform == "cpu" else None
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options: dict[str, str | bool] | None = {"xla_cpu_prefer_vector_width": "512"} if on_cpu else None
     return step.lower(state, tokens_BT).compile(compiler_options=options)

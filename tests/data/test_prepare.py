@@ -22,9 +22,9 @@ from gpt1_jax.config_file import parse_config
 from gpt1_jax.data import prepare as preparation
 from gpt1_jax.data.collect import split_of
 from gpt1_jax.data.manifest import read_manifest, sha256_of
-from gpt1_jax.data.pool import ordered_map
 from gpt1_jax.data.prepare import corpus_dir, prepare, read_documents
 from gpt1_jax.errors import GPT1Error, StorageError, UserError
+from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.tokenizer import SentencePieceTokenizer, train_tokenizer
 
 WORDS = "the of and to in is was he for it with as his on be at by had not are but from or have an they which".split()
@@ -360,7 +360,7 @@ def test_killed_or_failing_worker_is_an_error_and_no_hang():
 
 ORPHANS = """
 import os, signal, time
-from gpt1_jax.data.pool import ordered_map
+from gpt1_jax.pool import ordered_map
 if __name__ == "__main__":
     results = ordered_map(os.getpgid, [0] * 100, 2)
     next(results)

@@ -55,8 +55,7 @@ def reference_logits(config: ModelConfig, params: dict, tokens: np.ndarray) -> n
     def attention(x, w):
         total = w["out"]["bias"].copy()
         for head in range(config.num_heads):
-            kernel, bias = w["qkv"]["kernel"][:, :, head], w["qkv"]["bias"][:, head]
-            q, k, v = (x @ kernel[:, i] + bias[i] for i in range(3))
+            q, k, v = (x @ w[name]["kernel"][:, head] + w[name]["bias"][head] for name in ("query", "key", "value"))
             scores = q @ k.T / math.sqrt(config.head_dim)
             scores[np.triu_indices(len(x), 1)] = -np.inf
             probs = np.exp(scores - scores.max(-1, keepdims=True))
@@ -164,7 +163,12 @@ def test_every_dimension_has_a_logical_axis(tiny_model):
     axes, shapes = parameter_axes(tiny_model), abstract_params(tiny_model)
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     jax.tree.map(lambda a, s: pytest.fail(f"{a} {s}") if len(a) != s.ndim else None, axes, shapes, is_leaf=is_axes)
-    assert axes["blocks"]["attention"]["qkv"]["kernel"] == ("layers", "embed", "qkv", "heads", "head_dim")
+    for name in ("query", "key", "value"):
+        assert axes["blocks"]["attention"][name] == {
+            "kernel": ("layers", "embed", "heads", "head_dim"),
+            "bias": ("layers", "heads", "head_dim"),
+        }
+    assert axes["blocks"]["attention"]["out"]["kernel"] == ("layers", "heads", "head_dim", "embed")
     assert axes["embedding"]["token_kernel"] == ("vocab", "embed")
 
 

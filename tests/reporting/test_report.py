@@ -57,7 +57,7 @@ def make_run(folder: Path, batch_size: int = 4, mfu: float | None = None, steps:
 
 
 def add_results(folder: Path) -> None:
-    samples = [{"step": step, "prompt": "The", "completion": f" {step} {EVIL}"} for step in (60, 120)]
+    samples = [{"step": 120, "prompt": "The", "completion": f" {number} {EVIL}"} for number in range(2)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     figures = {
         "step": 120,
@@ -135,7 +135,7 @@ def test_samples_are_escaped(full):
     assert (
         "&lt;script src=&#39;https://example.com/x.js&#39;&gt;alert(1)&lt;/script&gt; &amp; &#34;more&#34;" in page.text
     )
-    assert page.text.index("120 &lt;script") < page.text.index("Earlier samples") < page.text.index("60 &lt;script")
+    assert page.text.index("step 120") < page.text.index("0 &lt;script") < page.text.index("1 &lt;script")
 
 
 def test_the_pictures_lie_beside_the_page(full):
@@ -162,6 +162,38 @@ def test_a_run_without_evaluation_samples_or_mfu(tmp_path):
     assert "Model FLOPs utilisation, median" not in page.table
     assert page.table["Training time"] == ["1 min 34 s"]
     assert len(page.references) == 8 and "<h2>Samples</h2>" not in page.text
+
+
+def test_figures_that_are_not_on_disk_yet(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = write_report([run], final={"step": 120, "split": "validation", "perplexity": 8.5})
+    assert Page(page).table["Validation perplexity, per token"] == ["8.50"]
+
+
+def test_figures_from_before_the_run_went_on_are_not_shown(tmp_path):
+    run = make_run(tmp_path / "run", steps=121)
+    add_results(run)
+    table = Page(write_report([run])).table
+    assert "the same of xz" not in table
+    assert table["Validation bits per byte"] == ["1.027"]  # of the last evaluation
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
+    page, pictures = tmp_path / "all.html", tmp_path / "all"
+    write_report([make_run(tmp_path / "a", mfu=0.5)], page)
+    assert (pictures / "mfu_by_step.png").exists()
+    (pictures / "notes.txt").touch()
+    write_report([make_run(tmp_path / "b", steps=3)], page)
+    names = sorted(path.name.removesuffix("_by_step.png") for path in pictures.glob("*_by_step.png"))
+    assert names == ["grad_norm", "learning_rate", "loss", "tokens_per_second"]
+    assert (pictures / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["comparison", "comparison.htm"])
+def test_a_page_is_called_html(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}: the name of a page must end in \.html, such as {name}\.html"):
+        write_report([make_run(tmp_path / "run")], tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_runs_side_by_side(tmp_path):
@@ -203,8 +235,8 @@ def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(DamagedError, match=r"evaluation\.json"):
         write_report([run])
     (run / "metrics.jsonl").write_text('{"loss": 1.0}\n')
-    with pytest.raises(DamagedError, match=r"metrics\.jsonl: record 1 lacks step, tokens"):
+    with pytest.raises(DamagedError, match=r"metrics\.jsonl:1: the record lacks step, tokens"):
         write_report([run])
-    (run / "metrics.jsonl").write_text("{]\n")
-    with pytest.raises(DamagedError, match=r"metrics\.jsonl: not lines of JSON"):
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 4, "loss": 1.0}\n{]\n{}\n')
+    with pytest.raises(DamagedError, match=r"metrics\.jsonl:2: not a line of JSON"):
         write_report([run])

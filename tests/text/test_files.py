@@ -155,18 +155,39 @@ def test_remote_files():
     assert remote.settings()["files"][0][:2] == ["memory:///corpus/a.jsonl", 21]
 
 
-def test_outage_is_no_smaller_corpus(monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError("no route"), OSError("no route")])
+def test_outage_is_no_smaller_corpus(monkeypatch, error):
     file_system = fsspec.filesystem("memory")
     with file_system.open("/corpus/b.txt", "wb") as file:
         file.write(b"far away")
     remote = source("memory://corpus/b.txt")
 
     def unreachable(*args, **kwargs):
-        raise ConnectionError("no route")
+        raise error
 
     monkeypatch.setattr(type(file_system), "_open", unreachable)
     with pytest.raises(StorageError, match=r"memory:///corpus/b\.txt: cannot be read: no route"):
         list(remote.read())
+    monkeypatch.setattr(type(file_system), "info", unreachable)
+    with pytest.raises(StorageError, match=r"memory:///corpus/b\.txt: cannot be read: no route"):
+        remote.settings()
+
+
+def test_damaged_remote_file_is_no_outage():
+    with fsspec.filesystem("memory").open("/corpus/c.txt.gz", "wb") as file:
+        file.write(b"no gzip stream")
+    assert reasons(source("memory://corpus/c.txt.gz").read()) == ["unreadable"]
+
+
+def test_local_file_that_cannot_be_read_is_counted(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    local = source(tmp_path / "a.txt")
+
+    def denied(*args, **kwargs):
+        raise PermissionError("denied")
+
+    monkeypatch.setattr(fsspec, "open", denied)
+    assert reasons(local.read()) == ["unreadable"]
 
 
 def test_glob_without_files_is_named(tmp_path):

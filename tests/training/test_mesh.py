@@ -26,8 +26,8 @@ def test_sizes_that_do_not_use_every_device_are_refused(config):
 
 def test_rules_by_hand():
     mesh = abstract_mesh(2, 2, 2)
-    qkv = sharding_of(mesh, ("layers", "embed", "qkv", "heads", "head_dim"))
-    assert qkv.spec == PartitionSpec(None, ("fsdp",), None, ("tensor",), None)
+    query = sharding_of(mesh, ("layers", "embed", "heads", "head_dim"))
+    assert query.spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
     assert sharding_of(mesh, ("batch",)).spec == PartitionSpec(("data", "fsdp"))
 
 

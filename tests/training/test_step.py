@@ -151,8 +151,8 @@ def test_one_device_and_eight_give_the_same_losses(on_eight_devices, mesh):
 def test_the_state_is_spread_over_eight_devices(on_eight_devices):
     spread = on_eight_devices["mesh.data=2 mesh.fsdp=2 mesh.tensor=2"]
     # Of every matrix a device holds a quarter: half by fsdp, half by tensor.
-    assert spread["qkv_shard"] == [2, 16, 3, 2, 8] and spread["qkv"] == [2, 32, 3, 4, 8]
-    assert spread["moment_shard"] == spread["qkv_shard"]
+    assert spread["query"] == [2, 32, 4, 8] and spread["query_shard"] == [2, 16, 2, 8]
+    assert spread["moment_shard"] == spread["query_shard"]
 
 
 def main(out: str) -> None:
@@ -161,14 +161,14 @@ def main(out: str) -> None:
         config = config_of(model_of_the_meshes(), *mesh_overrides)
         mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, 20)
         state = init_state(config, optimizer, mesh)
-        kernel = lambda tree: tree["blocks"]["attention"]["qkv"]["kernel"]  # noqa: E731
+        kernel = lambda tree: tree["blocks"]["attention"]["query"]["kernel"]  # noqa: E731
         moment = kernel(state.opt_state[1][0].mu)
         history, params = run(config, 20)
         results[" ".join(mesh_overrides)] = {
             "history": history,
             "params": [float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(params)],
-            "qkv": list(kernel(state.params).shape),
-            "qkv_shard": list(kernel(state.params).addressable_shards[0].data.shape),
+            "query": list(kernel(state.params).shape),
+            "query_shard": list(kernel(state.params).addressable_shards[0].data.shape),
             "moment_shard": list(moment.addressable_shards[0].data.shape),
         }
     Path(out).write_text(json.dumps(results))

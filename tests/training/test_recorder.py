@@ -1,0 +1,96 @@
+"""What the recorder writes of a step, by hand, under a clock that the test moves."""
+
+import json
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from gpt1_jax.config import Config
+from gpt1_jax.config_file import parse_config
+from gpt1_jax.errors import DivergedError
+from gpt1_jax.model.transformer import flops_per_token
+from gpt1_jax.training.metrics import METRICS, MetricsLog
+from gpt1_jax.training.progress import Progress, duration
+from gpt1_jax.training.recorder import Recorder
+
+YAML = """
+train: {steps: 100, batch_size: 4, log_every: 2}
+model: {context_length: 8, dtype: float32}
+evaluation: {sample_tokens: 2}
+optimizer: {warmup_steps: 0}
+logging: {tensorboard: false, progress: plain, peak_flops: 1e12}
+"""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = parse_config(f"runs_dir: {tmp_path}\n{YAML}", "c")
+    config.run_dir.mkdir()
+    return config
+
+
+def metrics(loss: float, norm: float = 1.0) -> dict:
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "learning_rate": jnp.float32(0.5)}
+
+
+def records(config: Config) -> list[dict]:
+    return [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
+
+
+def test_figures_by_hand(config, clock, capsys):
+    with MetricsLog(config, 10) as log, Progress(config, 10) as progress:
+        recorder = Recorder(config, 10, 1000, log, progress)  # 1000 examples were read before, by other batches
+        for step in range(11, 15):
+            clock.now += 0.25
+            recorder.add(step, metrics(step))
+        assert [record["step"] for record in records(config)] == [12]
+        with recorder.paused():
+            clock.now += 60
+        clock.now += 0.25
+        recorder.drain()
+        recorder.evaluation(14, {"validation_loss": 2.0})
+    first, second, evaluation = records(config)
+    tokens = 4 * 8
+    assert first == {
+        "step": 12, "loss": 12.0, "grad_norm": 1.0, "learning_rate": 0.5, "tokens": (1000 + 2 * 4) * 8, "seconds": 1.0,
+        "tokens_per_second": 2 * tokens, "mfu": 2 * tokens * flops_per_token(config.model, 8) / 1e12,
+    }  # fmt: skip
+    assert second["seconds"] == 1.25
+    assert second["tokens_per_second"] == 2 * tokens / 0.25
+    assert evaluation == {"step": 14, "tokens": (1000 + 4 * 4) * 8, "validation_loss": 2.0}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"step      12/100 · loss 12.0000 · 64 tokens/s · MFU {first['mfu']:.1%} · 0:44 left"
+    assert lines[2] == "step      14/100 · validation loss 2.0000"
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("inf"))])
+def test_what_is_not_finite_is_an_error_even_where_it_is_not_logged(config, loss, norm):
+    with MetricsLog(config, 0) as log, Progress(config, 0) as progress:
+        recorder = Recorder(config, 0, 0, log, progress)
+        recorder.add(1, metrics(3.0))
+        recorder.add(2, metrics(3.0))
+        recorder.add(3, metrics(loss, norm))
+        with pytest.raises(DivergedError, match=f"step 3: loss {loss}, gradient norm {norm}"):
+            recorder.drain()
+    assert [record["step"] for record in records(config)] == [1, 2]
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (0, 59.6, 245, 3845)] == ["0:00", "1:00", "4:05", "1:04:05"]
