@@ -303,7 +303,8 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
     print(
         f"\nNext:\n  .venv/bin/gpt1 generate {path} {json.dumps(sample['prompt'])} --temperature 0.8 --top-k 40\n"
         f"  .venv/bin/gpt1 evaluate {path} --text README.md\n"
-        f"  open {page}"
+        f"  .venv/bin/gpt1 train {path}/config.yaml name=longer train.steps={4 * opened.config.train.steps}\n"
+        f"\nReport: {page}"
     )
 
 
