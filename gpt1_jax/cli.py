@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -299,7 +300,8 @@ def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
         return
     print(f"\n{path} is trained: {opened.step:,} steps.\n")
     _print_figures(final)
-    print(f"\nSample:\n  {(sample['prompt'] + sample['completion']).strip()}\n".replace("\n", "\n  ").rstrip())
+    print("\nSample:")
+    print(textwrap.indent((sample["prompt"] + sample["completion"]).strip(), "  "))
     print(
         f"\nNext:\n  .venv/bin/gpt1 generate {path} {json.dumps(sample['prompt'])} --temperature 0.8 --top-k 40\n"
         f"  .venv/bin/gpt1 evaluate {path} --text README.md\n"
