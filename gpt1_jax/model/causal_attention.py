@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from gpt1_jax.model.dropout import keep_mask
+from gpt1_jax.model.products import product
 
 _QUERIES = 128  # in a block
 
@@ -52,7 +53,7 @@ def _forward(
         weights_BNQS = jnp.exp(scores_BNQS - highest_BNQ1)
         total_BNQ1 = weights_BNQS.sum(-1, keepdims=True)
         kept_BNQS = _dropped(weights_BNQS, q_BNTH, seed, dropout_rate, start)
-        sums_BNQH = _product("BNQS,BNSH->BNQH", kept_BNQS.astype(q_BNTH.dtype), v_BNTH[:, :, :stop])
+        sums_BNQH = product("BNQS,BNSH->BNQH", kept_BNQS.astype(q_BNTH.dtype), v_BNTH[:, :, :stop])
         outputs.append((sums_BNQH / total_BNQ1).astype(q_BNTH.dtype))
         normalizers.append(highest_BNQ1 + jnp.log(total_BNQ1))
     o_BNTH = jnp.concatenate(outputs, axis=2)
@@ -70,14 +71,14 @@ def _backward(dropout_rate: float, residuals: tuple, do_BNTH: Array) -> tuple[Ar
     dq, dk_BNHT, dv_BNHT = [], jnp.zeros(q_BNHT.shape, jnp.float32), jnp.zeros(q_BNHT.shape, jnp.float32)
     for (start, stop), normalizer_BNQ1 in zip(_blocks(q_BNTH), normalizers, strict=True):
         probs_BNQS = jnp.exp(_scores(q_BNTH, k_BNTH, start, stop) - normalizer_BNQ1)
-        dprobs_BNQS = _product("BNQH,BNSH->BNQS", do_BNTH[:, :, start:stop], v_BNTH[:, :, :stop])
+        dprobs_BNQS = product("BNQH,BNSH->BNQS", do_BNTH[:, :, start:stop], v_BNTH[:, :, :stop])
         dprobs_BNQS = _dropped(dprobs_BNQS, q_BNTH, seed, dropout_rate, start)
         dscores_BNQS = (probs_BNQS * (dprobs_BNQS - delta_BNT1[:, :, start:stop]) * scale).astype(dtype)
         kept_BNQS = _dropped(probs_BNQS, q_BNTH, seed, dropout_rate, start).astype(dtype)
-        dq.append(_product("BNQS,BNSH->BNQH", dscores_BNQS, k_BNTH[:, :, :stop]).astype(dtype))
+        dq.append(product("BNQS,BNSH->BNQH", dscores_BNQS, k_BNTH[:, :, :stop]).astype(dtype))
         unseen = [(0, 0), (0, 0), (0, 0), (0, length - stop)]
-        dk_BNHT += jnp.pad(_product("BNHQ,BNQS->BNHS", q_BNHT[..., start:stop], dscores_BNQS), unseen)
-        dv_BNHT += jnp.pad(_product("BNHQ,BNQS->BNHS", do_BNHT[..., start:stop], kept_BNQS), unseen)
+        dk_BNHT += jnp.pad(product("BNHQ,BNQS->BNHS", q_BNHT[..., start:stop], dscores_BNQS), unseen)
+        dv_BNHT += jnp.pad(product("BNHQ,BNQS->BNHS", do_BNHT[..., start:stop], kept_BNQS), unseen)
     dk_BNTH, dv_BNTH = (d.astype(dtype).swapaxes(2, 3) for d in (dk_BNHT, dv_BNHT))
     return jnp.concatenate(dq, axis=2), dk_BNTH, dv_BNTH, None
 
@@ -92,7 +93,7 @@ def _blocks(q_BNTH: Array) -> list[tuple[int, int]]:
 
 
 def _scores(q_BNTH: Array, k_BNTH: Array, start: int, stop: int) -> Array:
-    scores_BNQS = _product("BNQH,BNSH->BNQS", q_BNTH[:, :, start:stop], k_BNTH[:, :, :stop])
+    scores_BNQS = product("BNQH,BNSH->BNQS", q_BNTH[:, :, start:stop], k_BNTH[:, :, :stop])
     return jnp.where(_seen(start, stop), scores_BNQS / math.sqrt(q_BNTH.shape[-1]), -jnp.inf)
 
 
@@ -108,7 +109,3 @@ def _dropped(x_BNQS: Array, q_BNTH: Array, seed: Array | None, rate: float, star
     iota = partial(jax.lax.broadcasted_iota, jnp.uint32, x_BNQS.shape)
     rows = (iota(0) * jnp.uint32(heads) + iota(1)) * jnp.uint32(length) + iota(2) + jnp.uint32(start)
     return jnp.where(keep_mask(seed, rows, iota(3), rate), x_BNQS * (1 / (1 - rate)), 0)
-
-
-def _product(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

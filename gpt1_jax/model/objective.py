@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gpt1_jax.model.products import sum_of_outer_products
+from gpt1_jax.model.products import product, sum_of_outer_products
 
 
 def token_nats(
@@ -68,7 +68,7 @@ def _cross_entropy_fwd(
         exp_BCV, x32_BCD = exp_BCV.astype(compute), x_BCD.astype(jnp.float32)
         nats_BC = (highest_BC1 + jnp.log(total_BC1))[..., 0] - (x32_BCD * target_rows_BCD).sum(-1)
         scale_BC1 = weights_BC[..., None] / total_BC1
-        dx_BCD = jnp.einsum("BCV,VD->BCD", exp_BCV, table_of_products_VD, preferred_element_type=jnp.float32)
+        dx_BCD = product("BCV,VD->BCD", exp_BCV, table_of_products_VD)
         dx_BCD = dx_BCD * scale_BC1 - weights_BC[..., None] * target_rows_BCD
         dtable_DV += sum_of_outer_products((x32_BCD * scale_BC1).astype(compute), exp_BCV)
         return dtable_DV, (dx_BCD.astype(compute), nats_BC)
@@ -92,7 +92,7 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def _logits(x_BCD: Array, table_VD: Array) -> Array:
-    return jnp.einsum("BCD,VD->BCV", x_BCD, table_VD, preferred_element_type=jnp.float32)
+    return product("BCD,VD->BCV", x_BCD, table_VD)
 
 
 def _chunk(chunk: int, *arrays: Array) -> tuple[Array, ...]:

@@ -5,44 +5,14 @@ fraction of the speed. Here the cotangent is rounded to the compute dtype first,
 does, and the sum stays in float32, so a weight's gradient is never rounded.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum of two operands, in the dtype of ``x``, with a float32 result.
-
-    Args:
-        spec: as for :func:`jax.numpy.einsum`, spelt out, without an ellipsis; every letter stands in two of the three.
-        x: its dtype is the compute dtype.
-        y: is cast to it. Its gradient has its own dtype.
-    """
-    return _einsum(spec, x, y.astype(x.dtype))
-
-
-def _einsum(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _forward(spec: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(spec, x, y), (x, y)
-
-
-def _backward(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, y = operands
-    inputs, out = spec.split("->")
-    x_spec, y_spec = inputs.split(",")
-    g = g.astype(x.dtype)
-    dx = _einsum(f"{out},{y_spec}->{x_spec}", g, y.astype(x.dtype))
-    dy = _einsum(f"{x_spec},{out}->{y_spec}", x, g)
-    return dx.astype(x.dtype), dy.astype(y.dtype)
-
-
-product.defvjp(_forward, _backward)
+    """An einsum of two operands, in the dtype of ``x``, to which ``y`` is cast, with a float32 result."""
+    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -51,7 +21,7 @@ def affine(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"], bias_O:
 
     Shapes: B batch, T position, I inputs, O outputs.
     """
-    return (_einsum("BTI,IO->BTO", x_BTI, kernel_IO.astype(x_BTI.dtype)) + bias_O).astype(x_BTI.dtype)
+    return (product("BTI,IO->BTO", x_BTI, kernel_IO) + bias_O).astype(x_BTI.dtype)
 
 
 def _affine_forward(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -60,7 +30,7 @@ def _affine_forward(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> tuple[Arra
 
 def _affine_backward(operands: tuple[Array, Array], g_BTO: Array) -> tuple[Array, Array, Array]:
     x_BTI, kernel_IO = operands
-    dx_BTI = _einsum("BTO,IO->BTI", g_BTO, kernel_IO).astype(x_BTI.dtype)
+    dx_BTI = product("BTO,IO->BTI", g_BTO, kernel_IO).astype(x_BTI.dtype)
     return dx_BTI, sum_of_outer_products(x_BTI, g_BTO), g_BTO.sum((0, 1), dtype=jnp.float32)
 
 
@@ -71,12 +41,12 @@ def sum_of_outer_products(x_BTI: Float[Array, "B T I"], y_BTO: Float[Array, "B T
     """The gradient of a kernel: the sum over batch and positions of x y', float32."""
 
     def plain(x_BTI: Array, y_BTO: Array) -> Array:
-        return _einsum("BTI,BTO->IO", x_BTI, y_BTO)
+        return product("BTI,BTO->IO", x_BTI, y_BTO)
 
     def transposed(x_BTI: Array, y_BTO: Array) -> Array:
         # XLA's CPU backend has no fast product of a transposed operand: it widens bfloat16 to float32, at a fifth of
         # the speed, and transposes float32 badly. Moving B out of the way makes a transpose that it does not fold in.
         x_IM = x_BTI.transpose(2, 0, 1).reshape(x_BTI.shape[2], -1)
-        return _einsum("IM,MO->IO", x_IM, y_BTO.reshape(x_IM.shape[1], -1))
+        return product("IM,MO->IO", x_IM, y_BTO.reshape(x_IM.shape[1], -1))
 
     return jax.lax.platform_dependent(x_BTI, y_BTO, cpu=transposed, default=plain)
