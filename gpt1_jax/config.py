@@ -23,14 +23,28 @@ class Section(pydantic.BaseModel):
 
 
 class ModelConfig(Section):
-    """The transformer (paper, section 4.1: 12 decoder layers, 768 wide, 12 heads, 3072 inner, 512 positions)."""
+    """The transformer (paper, section 4.1: 12 decoder layers, 768 wide, 12 heads, 3072 inner, 512 positions).
+
+    The keys from ``objective`` to ``logit_cap``, and ``num_kv_heads``, are departures from the paper, each off by
+    default; docs/variations.md gives their sources.
+    """
 
     vocab_size: PositiveInt = 40478
     context_length: PositiveInt = 512  # number of learned positions
     num_layers: PositiveInt = 12
     embed_dim: PositiveInt = 768
     num_heads: PositiveInt = 12
+    num_kv_heads: PositiveInt | None = None  # heads of keys and values, each shared by a group of queries; null: all
     mlp_dim: PositiveInt = 3072
+    objective: Literal["causal", "masked", "prefix"] = "causal"  # what is predicted, and so who may see whom
+    norm_position: Literal["post", "pre"] = "post"  # after each residual sum, or before each branch
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    positions: Literal["learned", "rotary"] = "learned"
+    qk_norm: bool = False  # normalise queries and keys, head by head
+    bias: bool = True  # in every affine map and LayerNorm
+    tied_output: bool = True  # the token embedding is also the output projection
+    logit_cap: PositiveFloat | None = None  # logits are bent into (-cap, cap) by a tanh
     dropout: Fraction = 0.1  # on the embeddings and on each residual branch
     attention_dropout: Fraction = 0.1  # on the attention probabilities
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; parameters are always float32
@@ -44,13 +58,36 @@ class ModelConfig(Section):
         """Width of one attention head."""
         return self.embed_dim // self.num_heads
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for a hidden one, in the input of a masked model alone: one past the vocabulary."""
+        return self.vocab_size
+
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
+    def _heads_fit(self) -> "ModelConfig":
+        problems = []
         if self.embed_dim % self.num_heads:
-            raise ValueError(
+            problems.append(
                 f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}; "
                 "choose a width that is a multiple of the number of heads"
             )
+        if self.num_heads % self.kv_heads:
+            problems.append(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; "
+                "every head of keys serves as many heads of queries"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            problems.append(
+                f"model.positions=rotary turns pairs of numbers, but a head is {self.head_dim} wide "
+                f"(model.embed_dim={self.embed_dim} / model.num_heads={self.num_heads}); choose an even width"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -58,6 +95,15 @@ class PythonDocs(Section):
     """Documentation strings of the standard library and of the project's run-time dependencies; needs no network."""
 
     kind: Literal["python_docs"]
+    weight: PositiveFloat = 1.0
+
+
+class Stories(Section):
+    """Small tales drawn from a grammar whose entropy is known exactly; needs no network (docs/data.md)."""
+
+    kind: Literal["stories"]
+    documents: PositiveInt = 100_000
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     weight: PositiveFloat = 1.0
 
 
@@ -95,7 +141,7 @@ class HuggingFace(Section):
 
 # `weight` is how many times as often a source is drawn as its size alone would make it. It acts when batches are
 # drawn, so it never changes the prepared files.
-Source = Annotated[PythonDocs | Files | Tfds | HuggingFace, Field(discriminator="kind")]
+Source = Annotated[PythonDocs | Stories | Files | Tfds | HuggingFace, Field(discriminator="kind")]
 
 
 class CleaningConfig(Section):
@@ -118,12 +164,12 @@ class CleaningConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """SentencePiece BPE, trained from a sample of the corpus, or a given model file.
+    """SentencePiece BPE, trained from a sample of the corpus, or a given tokenizer of either kind.
 
     Deviation: the authors' byte-pair encoding lower-cases and tokenizes with spaCy first; this one is lossless.
     """
 
-    file: str | None = None  # an existing SentencePiece .model to use instead of training one
+    file: str | None = None  # a SentencePiece model or a tokenizer.json, to use instead of training one
     sample_bytes: PositiveInt = 100_000_000  # at most so much of the training split is used to train it
 
 
@@ -167,9 +213,11 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """Adam with decoupled weight decay (paper, section 4.1; betas, epsilon and clipping from the authors' code)."""
 
-    rule: Literal["adamw", "authors"] = "adamw"  # authors: epsilon and decay where their code has them
+    rule: Literal["adamw", "authors", "lion", "adafactor", "muon"] = "adamw"  # authors: Adam as their code has it
     learning_rate: PositiveFloat = 2.5e-4  # the peak
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then cosine to 0 at train.steps
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_square_root"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then the schedule, to train.steps
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the run, at its end: warmup_stable_decay's descent
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: PositiveFloat = 1e-8
@@ -207,6 +255,7 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = 64  # windows
     stride: PositiveInt | None = None  # tokens between windows; null: the context length, so none overlap
     max_tokens: PositiveInt | None = None  # tokens of the split used while training; null: all of it
+    mask_period: PositiveInt = 7  # of a masked model: one token in so many is hidden at once, each of them once
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("The",)  # sampled at the end of a run
     sample_tokens: PositiveInt = 128  # new tokens of each sample, at most
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pydantic
 import yaml
 
-from gpt1_jax.config import Config, Files, HuggingFace, PythonDocs, Tfds
+from gpt1_jax.config import Config, Files, HuggingFace, PythonDocs, Stories, Tfds
 from gpt1_jax.errors import UserError, nearest
 
 
@@ -219,7 +219,7 @@ def _section_at(path: _Path, values: Mapping[str, Any]) -> type[pydantic.BaseMod
 
 
 _SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {
-    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Files, Tfds, HuggingFace)
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Stories, Files, Tfds, HuggingFace)
 }
 
 

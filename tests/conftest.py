@@ -24,6 +24,43 @@ def tiny_model() -> ModelConfig:
     )
 
 
+# Every departure from the paper's model, alone, and those that go together.
+VARIATIONS: dict[str, dict[str, object]] = {
+    "pre": {"norm_position": "pre"},
+    "rms_norm": {"norm": "rms_norm"},
+    "swiglu": {"activation": "swiglu"},
+    "rotary": {"positions": "rotary"},
+    "grouped": {"num_kv_heads": 2},
+    "qk_norm": {"qk_norm": True},
+    "no_bias": {"bias": False},
+    "untied": {"tied_output": False},
+    "capped": {"logit_cap": 3.0},
+    "prefix": {"objective": "prefix"},
+    "masked": {"objective": "masked"},
+}
+VARIATIONS["modern"] = {key: value for name in list(VARIATIONS)[:9] for key, value in VARIATIONS[name].items()}
+VARIATIONS["masked modern"] = VARIATIONS["modern"] | {"objective": "masked"}
+VARIATIONS["prefix modern"] = VARIATIONS["modern"] | {"objective": "prefix"}
+
+
+@pytest.fixture(scope="session")
+def variations(tiny_model: ModelConfig) -> dict[str, ModelConfig]:
+    """The smallest model with one departure from the paper each, and with several."""
+    return {name: ModelConfig.model_validate(tiny_model.model_dump() | keys) for name, keys in VARIATIONS.items()}
+
+
+@pytest.fixture(params=VARIATIONS)
+def variation_name(request: pytest.FixtureRequest) -> str:
+    """Each of their names in turn."""
+    return request.param
+
+
+@pytest.fixture
+def variation(variation_name: str, variations: dict[str, ModelConfig]) -> ModelConfig:
+    """Each of them in turn."""
+    return variations[variation_name]
+
+
 SENTENCES = ("The cat sat on the mat.", "A dog ran over the hill, far away.", "Birds sing when the day begins.")
 
 

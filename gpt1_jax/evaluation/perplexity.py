@@ -3,6 +3,9 @@
 A stream holds documents, the separator token after each. The first document is predicted after a separator too, which
 is context alone; every other separator is predicted, and counted, like any token.
 
+A masked model has no probability of a text, and so no perplexity. Its pseudo-perplexity is that of each token from the
+others of its window, on both sides (Salazar et al. 2020, "Masked Language Model Scoring").
+
 Shapes: B windows, T position.
 """
 
@@ -13,16 +16,19 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from gpt1_jax.config import Config, ModelConfig
+from gpt1_jax.config import Config
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.windows import Window, windows
-from gpt1_jax.model.objective import token_nats
+from gpt1_jax.model.cross_entropy import token_nats
 from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.training.mesh import axis_size, batch_sharding, replicated
+
+_PADDING = -1  # behind the last token of a window
 
 
 class Tokens(Protocol):
@@ -39,16 +45,19 @@ class Score(NamedTuple):
     """What a stream cost.
 
     Attributes:
-        nats: sum of the negative log-probabilities of its tokens.
+        nats: sum of the negative log-probabilities of its tokens, each from those before it; of a masked model,
+            from those around it.
         tokens: how many they are.
+        pseudo: whether it is a masked model's.
     """
 
     nats: float
     tokens: int
+    pseudo: bool = False
 
     @property
     def perplexity(self) -> float:
-        """exp(nats / tokens); infinite beyond the largest float."""
+        """exp(nats / tokens), infinite beyond the largest float; of a masked model the pseudo-perplexity."""
         return exp(self.nats / self.tokens)
 
 
@@ -72,13 +81,14 @@ class Evaluator:
 
     def __init__(self, config: Config, mesh: Mesh, separator_id: int):
         devices = axis_size(mesh, "batch")
+        self._masked = config.model.objective == "masked"
         self._context_length = config.context_length
         self._stride = config.evaluation.stride or config.context_length
         self._batch_size = -(-config.evaluation.batch_size // devices) * devices
         self._sharding = batch_sharding(mesh)
         self._separator_id = separator_id
         self._nats = jax.jit(
-            lambda params, tokens_BT: _window_nats(config.model, params, tokens_BT), out_shardings=replicated(mesh)
+            lambda params, tokens_BT: _window_nats(config, params, tokens_BT), out_shardings=replicated(mesh)
         )
 
     def __call__(self, params: Params, stream: Tokens, max_tokens: int | None = None) -> Score:
@@ -102,7 +112,7 @@ class Evaluator:
             pending = dispatched
         if pending:
             sums += _counted(*pending)
-        return Score(math.fsum(sums), length)
+        return Score(math.fsum(sums), length, self._masked)
 
     def _batches(self, length: int) -> Iterator[list[Window]]:
         remaining = windows(length, self._context_length, self._stride)
@@ -118,9 +128,10 @@ class Evaluator:
             assert index is not None
             first, last, _ = index[0].indices(self._batch_size)
             if (first, last) not in read:
-                block = np.full((last - first, shape[1]), self._separator_id, np.int32)
+                block = np.full((last - first, shape[1]), _PADDING, np.int32)
                 for row, window in zip(block, batch[first:last], strict=False):
-                    before = min(window.start, 1)  # the separator stands before the first token
+                    before = min(window.start, 1)
+                    row[0] = self._separator_id  # stands before the first token
                     tokens = stream.read(window.start - before, window.stop)
                     row[1 - before : 1 - before + len(tokens)] = tokens
                 read[first, last] = block
@@ -129,11 +140,28 @@ class Evaluator:
         return jax.make_array_from_callback(shape, self._sharding, rows)
 
 
-def _window_nats(config: ModelConfig, params: Params, tokens_BT: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-    """Nats of every token but each window's first; padding on the right changes nothing before it."""
-    model = bind(config, params)
-    x_BTD, _ = model(tokens_BT[:, :-1])
-    return token_nats(x_BTD, model.embedding.token_kernel[...], tokens_BT[:, 1:], config.loss_chunk)
+def _window_nats(config: Config, params: Params, tokens_BT: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
+    """Nats of every token but each window's first; those of the padding mean nothing."""
+    model = bind(config.model, params)
+    real_BT = tokens_BT[:, 1:] != _PADDING
+    tokens_BT = jnp.maximum(tokens_BT, 0)
+    targets_BT = tokens_BT[:, 1:]
+
+    def nats(inputs_BT: Array, mask_BTS: Array | None) -> Array:
+        x_BTD, _ = model(inputs_BT, mask_BTS=mask_BTS)
+        return token_nats(x_BTD, model.output_table, targets_BT, config.model.loss_chunk, config.model.logit_cap)
+
+    if config.model.objective != "masked":
+        return nats(tokens_BT[:, :-1], None)  # padding on the right changes nothing before it
+
+    period = config.evaluation.mask_period
+
+    def hide(nats_BT: Array, first: Array) -> tuple[Array, None]:
+        hidden_T = jnp.arange(targets_BT.shape[1]) % period == first
+        inputs_BT = jnp.where(hidden_T, config.model.mask_id, targets_BT)
+        return jnp.where(hidden_T, nats(inputs_BT, real_BT[:, None]), nats_BT), None
+
+    return jax.lax.scan(hide, jnp.zeros(targets_BT.shape), jnp.arange(period))[0]
 
 
 def _counted(batch: Sequence[Window], nats_BT: Array) -> list[float]:

@@ -97,7 +97,8 @@ def stream(
         An iterator over reports: for each prompt its new tokens since the last one, int32, without the separator.
 
     Raises:
-        UserError: if ``max_tokens`` leaves no room for a prompt; at the call, before anything is computed.
+        UserError: if ``max_tokens`` leaves no room for a prompt, or the model is a masked one; at the call, before
+            anything is computed.
     """
     assert chunk > 0
     room = prompt_room(config, max_tokens)
@@ -126,8 +127,13 @@ def prompt_room(config: Config, max_tokens: int) -> int:
     The context is that of the training, which has never seen the positions behind it.
 
     Raises:
-        UserError: if there is no room for any, or nothing to generate.
+        UserError: if there is no room for any, or nothing to generate, or the model is a masked one.
     """
+    if config.model.objective == "masked":
+        raise UserError(
+            "model.objective=masked: this model fills in what is hidden in a text, and cannot continue one; "
+            "generate with a run trained with model.objective=causal or prefix"
+        )
     if max_tokens < 1:
         raise UserError(f"{max_tokens} tokens to generate: must be at least 1")
     if max_tokens >= config.context_length:
@@ -142,7 +148,7 @@ def prompt_room(config: Config, max_tokens: int) -> int:
 class _State(NamedTuple):
     """What the loop carries from token to token."""
 
-    cache: KVCache  # [L, B, S, N, H]; slots before `slot` are filled
+    cache: KVCache  # [L, B, S, K, H]; slots before `slot` are filled
     token_B: Int[Array, " B"]  # the newest token of each row, not yet in the cache
     ended_B: Bool[Array, " B"]
     slot: Int[Array, ""]  # where the newest token goes
@@ -161,15 +167,21 @@ def _prefill(
     config: ModelConfig,
     slots_of_new: int,
 ) -> _State:
-    """Fills the cache with all tokens of the prompts but the last, which the loop begins with."""
+    """Fills the cache with all tokens of the prompts but the last, which the loop begins with.
+
+    A prefix model reads the prompt as a prefix, so its last token too is there for the others to see; the loop writes
+    the same keys and values once more.
+    """
     model = bind(config, params)
     batch_size, width = tokens_BP.shape
     slots = width + slots_of_new
-    slots_BT = jnp.broadcast_to(jnp.arange(width - 1), (batch_size, width - 1))
+    prefix = config.objective == "prefix"
+    count = width if prefix else width - 1
+    slots_BT = jnp.broadcast_to(jnp.arange(count), (batch_size, count))
     _, cache = model(
-        tokens_BP[:, :-1],
+        tokens_BP[:, :count],
         positions_BT=jnp.maximum(slots_BT - pads_B[:, None], 0),
-        mask_BTS=_visible(slots_BT, pads_B, slots),
+        mask_BTS=_visible(jnp.full_like(slots_BT, width - 1) if prefix else slots_BT, pads_B, slots),
         cache=model.empty_cache(batch_size, slots),
         slot=jnp.int32(0),
     )

@@ -1,6 +1,7 @@
 """Causal multi-head self-attention (paper, section 3.1), and the one function behind which kernels live.
 
-Shapes: B batch, T query position, S key position, D embedding, L layers, N heads, H head size.
+Shapes: B batch, T query position, S key position, D embedding, L layers, N heads, K heads of keys and values, H head
+size.
 """
 
 import math
@@ -14,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.dropout import dropout, seed_of
-from gpt1_jax.model.layers import Linear
+from gpt1_jax.model.layers import Linear, branch_std, make_norm
+from gpt1_jax.model.rotary import rotate
 
 # What the key model.attention chooses from: causal attention over [B, N, T, H], dropout on the probabilities included.
 _CAUSAL = {"xla": causal_attention}
@@ -24,16 +26,16 @@ _MASKED = -1e30  # finite, so that a row with no key at all is uniform and not N
 class KVCache(NamedTuple):
     """Keys and values of the positions seen so far, of every layer, one slot a position."""
 
-    k_LBSNH: Float[Array, "L B S N H"]
-    v_LBSNH: Float[Array, "L B S N H"]
+    k_LBSKH: Float[Array, "L B S K H"]
+    v_LBSKH: Float[Array, "L B S K H"]
 
 
 def dot_product_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSNH: Float[Array, "B S N H"],
-    v_BSNH: Float[Array, "B S N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
     *,
-    mask_BTS: Bool[Array, "B T S"] | None = None,
+    mask_BTS: Bool[Array, "#B #T S"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     implementation: str = "xla",
@@ -42,8 +44,8 @@ def dot_product_attention(
 
     Args:
         q_BTNH: queries.
-        k_BSNH: keys.
-        v_BSNH: values.
+        k_BSKH: keys; query head n reads head n K / N of them (Ainslie et al. 2023, grouped-query attention).
+        v_BSKH: values.
         mask_BTS: which key each query may see; None means causal, query t sees keys 0 to t (then S = T).
         dropout_rate: probability with which an attention probability is zeroed.
         dropout_key: random key of that dropout; None switches it off.
@@ -52,6 +54,7 @@ def dot_product_attention(
     Returns:
         The attended values, in the dtype of the values. Scores and softmax are float32.
     """
+    k_BSNH, v_BSNH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
     if mask_BTS is None:
         q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
         seed = None if dropout_key is None else seed_of(dropout_key)
@@ -68,18 +71,25 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
-        embed = {"embed": config.embed_dim}
+        kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
+        embed, bias = {"embed": config.embed_dim}, config.bias
         # Apart from each other: as one product their gradients would have to be joined in memory first.
-        self.query, self.key, self.value = (Linear(embed, heads, dtype, rngs) for _ in range(3))
-        self.out = Linear(heads, embed, dtype, rngs)
+        self.query, self.key, self.value = (
+            Linear(embed, outputs, dtype, rngs, bias=bias) for outputs in (heads, kv_heads, kv_heads)
+        )
+        self.out = Linear(heads, embed, dtype, rngs, bias=bias, std=branch_std(config))
+        norms = [make_norm(config, config.head_dim, "head_dim") if config.qk_norm else None for _ in range(2)]
+        self.query_norm, self.key_norm = norms
+        self.rotary = config.positions == "rotary"
         self.dropout_rate = config.attention_dropout
         self.implementation = config.attention
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "#B T"],
         *,
-        mask_BTS: Bool[Array, "B T S"] | None = None,
+        mask_BTS: Bool[Array, "#B #T S"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
@@ -89,6 +99,7 @@ class Attention(nnx.Module):
 
         Args:
             x_BTD: the T new positions.
+            positions_BT: the number of each.
             mask_BTS: which keys each query may see; None means causal within ``x_BTD``.
             cache: keys and values of S slots, of which this layer's T are overwritten from ``slot`` on.
             layer: with a cache, which layer this is.
@@ -98,18 +109,22 @@ class Attention(nnx.Module):
         Returns:
             The output, and the updated cache (None if none was given).
         """
-        q_BTNH, k_BSNH, v_BSNH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        q_BTNH, k_BSKH, v_BSKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+        if self.rotary:
+            q_BTNH, k_BSKH = rotate(q_BTNH, positions_BT), rotate(k_BSKH, positions_BT)
         if cache is not None:
             assert layer is not None and slot is not None
             start = (layer, 0, slot, 0, 0)
-            k_LBSNH = jax.lax.dynamic_update_slice(cache.k_LBSNH, k_BSNH[None], start)
-            v_LBSNH = jax.lax.dynamic_update_slice(cache.v_LBSNH, v_BSNH[None], start)
-            k_BSNH, v_BSNH = k_LBSNH[layer], v_LBSNH[layer]
-            cache = KVCache(k_LBSNH, v_LBSNH)
+            k_LBSKH = jax.lax.dynamic_update_slice(cache.k_LBSKH, k_BSKH[None], start)
+            v_LBSKH = jax.lax.dynamic_update_slice(cache.v_LBSKH, v_BSKH[None], start)
+            k_BSKH, v_BSKH = k_LBSKH[layer], v_LBSKH[layer]
+            cache = KVCache(k_LBSKH, v_LBSKH)
         attended_BTNH = dot_product_attention(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
+            k_BSKH,
+            v_BSKH,
             mask_BTS=mask_BTS,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,

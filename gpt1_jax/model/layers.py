@@ -12,16 +12,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.products import affine
 
 INIT_STD = 0.02  # paper, 4.1: weights start from N(0, 0.02)
-LAYER_NORM_EPSILON = 1e-5  # authors' code
+NORM_EPSILON = 1e-5  # authors' code
 _GELU_SCALE = math.sqrt(2 / math.pi)
 
 
-def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
-    """A float32 parameter drawn from N(0, 0.02^2)."""
-    return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], std: float = INIT_STD) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+def branch_std(config: ModelConfig) -> float:
+    """Standard deviation of the initial last matrix of a residual branch.
+
+    That of all others in the paper's model. The sum of pre-LN branches is normalised by nothing and grows with the
+    depth, so there it is smaller by sqrt(2 L) (Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners", section 2.3).
+    """
+    return INIT_STD if config.norm_position == "post" else INIT_STD / math.sqrt(2 * config.num_layers)
 
 
 class Linear(nnx.Module):
@@ -32,30 +43,44 @@ class Linear(nnx.Module):
         outputs: sizes of the dimensions that take their place, by logical axis name.
         dtype: dtype of the product.
         rngs: source of the kernel's random key.
+        bias: whether a bias is added.
+        std: standard deviation of the initial kernel.
     """
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs))
-        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values()), jnp.float32), axes=tuple(outputs))
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = True,
+        std: float = INIT_STD,
+    ):
+        self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
+        zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
+        self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
         self.num_inputs = len(inputs)
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps [B, T, *inputs] to [B, T, *outputs]."""
         # One plain matrix product: backends have fast code for two dimensions, and not always for more.
-        kernel, bias = self.kernel[...], self.bias[...]
+        kernel = self.kernel[...]
         in_size = math.prod(kernel.shape[: self.num_inputs])
+        out_shape = kernel.shape[self.num_inputs :]
+        bias = jnp.zeros(out_shape, jnp.float32) if self.bias is None else self.bias[...]
         outer = x.shape[: x.ndim - self.num_inputs]
         y = affine(x.astype(self.dtype).reshape(*outer, in_size), kernel.reshape(in_size, -1), bias.reshape(-1))
-        return y.reshape(*outer, *bias.shape)
+        return y.reshape(*outer, *out_shape)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last dimension, statistics in float32, epsilon inside the root."""
+    """Layer normalisation over the last dimension (Ba et al. 2016), statistics in float32, epsilon inside the root."""
 
-    def __init__(self, size: int):
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), axes=("embed",))
+    def __init__(self, size: int, axis: str = "embed", bias: bool = True):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), axes=(axis,)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns the shape and dtype of ``x``."""
@@ -63,8 +88,26 @@ class LayerNorm(nnx.Module):
         mean = x32.mean(-1, keepdims=True)
         centred = x32 - mean
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        normed = centred * jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...]
+        return (normed if self.bias is None else normed + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last dimension (Zhang & Sennrich 2019), in float32, without a bias."""
+
+    def __init__(self, size: int, axis: str = "embed"):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the shape and dtype of ``x``."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.square(x32).mean(-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + NORM_EPSILON) * self.scale[...]).astype(x.dtype)
+
+
+def make_norm(config: ModelConfig, size: int, axis: str = "embed") -> LayerNorm | RMSNorm:
+    """The normalisation that ``model.norm`` names, over a dimension of the given size and logical axis name."""
+    return RMSNorm(size, axis) if config.norm == "rms_norm" else LayerNorm(size, axis, config.bias)
 
 
 @jax.custom_vjp
@@ -93,3 +136,8 @@ def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Bends scores into (-cap, cap): cap tanh(x / cap) (Gemma Team 2024, "Gemma 2", section 2); None leaves them."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

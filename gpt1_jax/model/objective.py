@@ -1,117 +1,85 @@
-"""The language-model objective (paper, Eq. 1): cross entropy of the next token, without the logits of a whole batch.
+"""What a window of text gives the model to learn: which tokens it reads, which it predicts, and what it may see.
 
-Shapes: B batch, T position, C chunk of positions, D embedding, V vocabulary.
+Shapes: B batch, T position, S key position.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from gpt1_jax.model.products import product, sum_of_outer_products
+from gpt1_jax.config import ModelConfig
+
+# Devlin et al. 2019, "BERT", section 3.1.
+_PREDICTED = 0.15  # of the tokens
+_HIDDEN, _REPLACED = 0.8, 0.1  # of those; the rest are read as they are
 
 
-def token_nats(
-    x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], chunk: int
-) -> Float[Array, "B T"]:
-    """Negative log-probability of each target, in nats, float32.
+class Task(NamedTuple):
+    """One batch of predictions.
+
+    Attributes:
+        inputs_BT: what the model reads, int32.
+        targets_BT: what it is to predict at each position, int32.
+        weights_BT: of each prediction in the loss, float32; they sum to 1.
+        mask_BTS: which keys each query may see; None: as the model has it without one.
+    """
+
+    inputs_BT: Int[Array, "B T"]
+    targets_BT: Int[Array, "B T"]
+    weights_BT: Float[Array, "B T"]
+    mask_BTS: Bool[Array, "B T S"] | None
+
+
+def make_task(config: ModelConfig, tokens_BT: Int[Array, "B T+1"], key: Key[Array, ""]) -> Task:
+    """The predictions that ``model.objective`` asks for.
+
+    - ``causal``: the next token at every position (paper, Eq. 1).
+    - ``masked``: 15 % of the tokens; of those 80 % are hidden, 10 % replaced by random tokens and 10 % left, and every
+      position sees every other (Devlin et al. 2019). The first token of the window is not used.
+    - ``prefix``: the next token behind a prefix whose tokens see each other (Raffel et al. 2020, "T5", section 3.2.1),
+      of a length drawn for each row from 0 to T - 1; with 0 and 1 it is causal.
 
     Args:
-        x_BTD: the last hidden states.
-        table_VD: the output projection; it is cast to the dtype of ``x_BTD``.
-        targets_BT: the token that follows each position.
-        chunk: positions of each sequence whose logits exist at once.
+        config: of the model.
+        tokens_BT: windows of one token more than the model reads.
+        key: random key of the draws; the causal objective has none. What is drawn depends on the global position
+            alone, so it is the same on any mesh.
     """
-    table_VD = table_VD.astype(x_BTD.dtype)
-
-    def nats(inputs: tuple[Array, Array]) -> Array:
-        x_BCD, targets_BC = inputs
-        logits_BCV = _logits(x_BCD, table_VD)
-        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
-
-    return _unchunk(jax.lax.map(nats, _chunk(chunk, x_BTD, targets_BT)), x_BTD.shape[1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(
-    x_BTD: Float[Array, "B T D"],
-    table_VD: Float[Array, "V D"],
-    targets_BT: Int[Array, "B T"],
-    weights_BT: Float[Array, "B T"],
-    chunk: int,
-) -> Float[Array, ""]:
-    """Sum of ``weights_BT`` times the negative log-probability of each target, in nats.
-
-    The gradient is computed with the value, chunk by chunk, so that the logits of ``chunk`` positions are all that
-    ever exists: those of the paper's batch are 64 x 512 x 40478 numbers. Arguments as in :func:`token_nats`.
-    """
-    return (token_nats(x_BTD, table_VD, targets_BT, chunk) * weights_BT).sum()
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    match config.objective:
+        case "causal":
+            return Task(inputs_BT, targets_BT, jnp.full(targets_BT.shape, 1 / targets_BT.size, jnp.float32), None)
+        case "masked":
+            return _masked(config, targets_BT, key)
+        case "prefix":
+            return _prefix(inputs_BT, targets_BT, key)
 
 
-def _cross_entropy_fwd(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, chunk: int
-) -> tuple[Array, tuple[Array, ...]]:
-    compute = x_BTD.dtype
-    table_of_products_VD = table_VD.astype(compute)
-
-    def step(dtable_DV: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        # The gradient of the logits is weight * (softmax - one_hot). Its two parts are kept apart, so that the largest
-        # array, exp(logits), is made once, and the one-hot part is a few rows of the table instead of a product.
-        x_BCD, targets_BC, weights_BC = inputs
-        target_rows_BCD = table_of_products_VD[targets_BC].astype(jnp.float32)
-        logits_BCV = _logits(x_BCD, table_of_products_VD)
-        highest_BC1 = logits_BCV.max(-1, keepdims=True)
-        exp_BCV = jnp.exp(logits_BCV - highest_BC1)
-        total_BC1 = exp_BCV.sum(-1, keepdims=True)
-        exp_BCV, x32_BCD = exp_BCV.astype(compute), x_BCD.astype(jnp.float32)
-        nats_BC = (highest_BC1 + jnp.log(total_BC1))[..., 0] - (x32_BCD * target_rows_BCD).sum(-1)
-        scale_BC1 = weights_BC[..., None] / total_BC1
-        dx_BCD = product("BCV,VD->BCD", exp_BCV, table_of_products_VD)
-        dx_BCD = dx_BCD * scale_BC1 - weights_BC[..., None] * target_rows_BCD
-        dtable_DV += sum_of_outer_products((x32_BCD * scale_BC1).astype(compute), exp_BCV)
-        return dtable_DV, (dx_BCD.astype(compute), nats_BC)
-
-    zeros_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32)
-    chunks = _chunk(chunk, x_BTD, targets_BT, weights_BT)
-    dtable_DV, (dx, nats) = jax.lax.scan(step, zeros_DV, chunks)  # pyrefly: ignore[bad-argument-type]
-    # Without the barrier XLA's CPU backend makes the transpose part of a product that it then cannot run.
-    dtable_VD = jax.lax.optimization_barrier(dtable_DV).T
-    dtable_VD = dtable_VD.at[targets_BT].add(-weights_BT[..., None] * x_BTD.astype(jnp.float32))
-    nats_BT = _unchunk(nats, x_BTD.shape[1])
-    return (nats_BT * weights_BT).sum(), (_unchunk(dx, x_BTD.shape[1]), dtable_VD.astype(table_VD.dtype), nats_BT)
+def prefix_mask(prefix_B: Int[Array, " B"], length: int) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: those up to its own position, and all of the prefix."""
+    keys_S = jnp.arange(length)
+    return (keys_S <= keys_S[:, None]) | (keys_S < prefix_B[:, None, None])
 
 
-def _cross_entropy_bwd(chunk: int, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, None, Array]:
-    dx_BTD, dtable_VD, nats_BT = residuals
-    return (dx_BTD * g).astype(dx_BTD.dtype), (dtable_VD * g).astype(dtable_VD.dtype), None, nats_BT * g
+def _masked(config: ModelConfig, tokens_BT: Array, key: Array) -> Task:
+    chosen_key, how_key, token_key = jax.random.split(key, 3)
+    chosen_BT = jax.random.uniform(chosen_key, tokens_BT.shape) < _PREDICTED
+    how_BT = jax.random.uniform(how_key, tokens_BT.shape)
+    random_BT = jax.random.randint(token_key, tokens_BT.shape, 0, config.vocab_size)
+    corrupted_BT = jnp.where(how_BT < _HIDDEN + _REPLACED, random_BT, tokens_BT)
+    corrupted_BT = jnp.where(how_BT < _HIDDEN, config.mask_id, corrupted_BT)
+    return Task(jnp.where(chosen_BT, corrupted_BT, tokens_BT), tokens_BT, _equal_weights(chosen_BT), None)
 
 
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+def _prefix(inputs_BT: Array, targets_BT: Array, key: Array) -> Task:
+    batch, length = inputs_BT.shape
+    prefix_B = jax.random.randint(key, (batch,), 0, length)
+    # The target of position t is token t + 1, which must not be one that the prefix shows.
+    predicted_BT = jnp.arange(length) >= prefix_B[:, None] - 1
+    return Task(inputs_BT, targets_BT, _equal_weights(predicted_BT), prefix_mask(prefix_B, length))
 
 
-def _logits(x_BCD: Array, table_VD: Array) -> Array:
-    return product("BCD,VD->BCV", x_BCD, table_VD)
-
-
-def _chunk(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, T, ...] to [T / C, B, C, ...], the end padded with zeros.
-
-    Cut along the positions and not along the batch, which may be spread over devices.
-    """
-    batch, length = arrays[0].shape[:2]
-    size = min(length, chunk)
-    count = -(-length // size)
-
-    def cut(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, count * size - length)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *array.shape[2:]), 1, 0)
-
-    return tuple(map(cut, arrays))
-
-
-def _unchunk(chunks: Array, length: int) -> Array:
-    """[T / C, B, C, ...] back to [B, T, ...], without the padding."""
-    joined = jnp.moveaxis(chunks, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+def _equal_weights(predicted_BT: Array) -> Array:
+    return predicted_BT / jnp.maximum(predicted_BT.sum(), 1).astype(jnp.float32)

@@ -3,7 +3,7 @@
 The layers' parameters are stacked, a leading dimension ``layers`` on each, whether the layers run in a compiled loop
 (``model.scan_layers``) or in a row: both forms share one initialisation and one checkpoint.
 
-Shapes: B batch, T query position, S key position, D embedding, L layers, N heads, H head size, V vocabulary.
+Shapes: B batch, T query position, S key position, D embedding, L layers, K heads of keys, H head size, V vocabulary.
 """
 
 from typing import Any
@@ -17,6 +17,8 @@ from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention import KVCache
 from gpt1_jax.model.block import Block
 from gpt1_jax.model.embedding import Embedding
+from gpt1_jax.model.layers import make_norm, normal, soft_cap
+from gpt1_jax.model.products import product
 
 Params = dict[str, Any]  # nested dicts of arrays, by module and parameter name
 
@@ -36,6 +38,9 @@ class GPT(nnx.Module):
         for _, node in nnx.iter_graph(self.blocks):
             if isinstance(node, nnx.Param):
                 node.set_metadata(axes=("layers", *node.axes))
+        self.ln_f = make_norm(config, config.embed_dim) if config.norm_position == "pre" else None
+        shape = (config.vocab_size, config.embed_dim)
+        self.output_kernel = None if config.tied_output else normal(rngs, shape, ("vocab", "embed"))
         self.config = config
         self.dtype = dtype
 
@@ -44,7 +49,7 @@ class GPT(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
-        mask_BTS: Bool[Array, "B T S"] | None = None,
+        mask_BTS: Bool[Array, "#B #T S"] | None = None,
         cache: KVCache | None = None,
         slot: Int[Array, ""] | None = None,
         dropout_key: Key[Array, ""] | None = None,
@@ -54,14 +59,16 @@ class GPT(nnx.Module):
         Args:
             tokens_BT: token ids, int32.
             positions_BT: position of each token; None means 0 to T - 1.
-            mask_BTS: which keys each query may see; None means causal.
-            cache: keys and values of every layer, [L, B, S, N, H], for decoding; see :func:`empty_cache`.
+            mask_BTS: which keys each query may see; None means causal, or all for a masked model.
+            cache: keys and values of every layer, [L, B, S, K, H], for decoding; see :func:`empty_cache`.
             slot: with a cache, the slot of the first of the T tokens.
             dropout_key: random key; None switches every dropout off.
 
         Returns:
-            The last layer's hidden states in the compute dtype, and the updated cache (None if none was given).
+            The last hidden states in the compute dtype, and the updated cache (None if none was given).
         """
+        if mask_BTS is None and self.config.objective == "masked":
+            mask_BTS = jnp.ones((1, 1, tokens_BT.shape[1]), bool)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -73,7 +80,7 @@ class GPT(nnx.Module):
         ) -> tuple[Array, KVCache | None]:
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             block = nnx.merge(definition, params)
-            return block(x_BTD, mask_BTS=mask_BTS, cache=cache, layer=index, slot=slot, dropout_key=key)
+            return block(x_BTD, positions_BT, mask_BTS=mask_BTS, cache=cache, layer=index, slot=slot, dropout_key=key)
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)
@@ -81,19 +88,26 @@ class GPT(nnx.Module):
         if self.config.scan_layers:
             # The whole cache is carried, so that a layer writes its new slots in place.
             inputs = (stack, jnp.arange(num_layers))
-            return jax.lax.scan(lambda carry, inputs: (layer(*carry, *inputs), None), (x_BTD, cache), inputs)[0]
-        for index, params in enumerate(_unstack(stack, num_layers)):
-            x_BTD, cache = layer(x_BTD, cache, params, index)
-        return x_BTD, cache
+            (x_BTD, cache), _ = jax.lax.scan(
+                lambda carry, inputs: (layer(*carry, *inputs), None), (x_BTD, cache), inputs
+            )
+        else:
+            for index, params in enumerate(_unstack(stack, num_layers)):
+                x_BTD, cache = layer(x_BTD, cache, params, index)
+        return x_BTD if self.ln_f is None else self.ln_f(x_BTD), cache
+
+    @property
+    def output_table(self) -> Float[Array, "V D"]:
+        """The output projection, float32: the token embedding, or a table of its own."""
+        return (self.embedding.token_kernel if self.output_kernel is None else self.output_kernel)[...]
 
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of the next token, float32: the hidden states times the transposed token table."""
-        table_VD = self.embedding.token_kernel[...].astype(self.dtype)
-        return jnp.einsum("...D,VD->...V", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        """Scores of every token, float32: the hidden states times the transposed output table."""
+        return soft_cap(product("...D,VD->...V", x_BTD, self.output_table), self.config.logit_cap)
 
     def empty_cache(self, batch_size: int, slots: int) -> KVCache:
-        """A cache of zeros with room for ``slots`` positions, [L, B, S, N, H] in the compute dtype."""
-        shape = (self.config.num_layers, batch_size, slots, self.config.num_heads, self.config.head_dim)
+        """A cache of zeros with room for ``slots`` positions, [L, B, S, K, H] in the compute dtype."""
+        shape = (self.config.num_layers, batch_size, slots, self.config.kv_heads, self.config.head_dim)
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
 
@@ -152,6 +166,7 @@ def flops_per_token(config: ModelConfig, context_length: int) -> int:
     Six for each weight of a matrix product (the output projection among them, the embedding look-ups not), and
     12 L D T for the scores and the attended values (Chowdhery et al. 2022, PaLM, appendix B).
     """
-    per_layer = 4 * config.embed_dim**2 + 2 * config.embed_dim * config.mlp_dim
-    matrices = config.num_layers * per_layer + config.vocab_size * config.embed_dim
+    widths = 2 * config.embed_dim + 2 * config.kv_heads * config.head_dim  # of queries and output; keys and values
+    widths += (3 if config.activation == "swiglu" else 2) * config.mlp_dim
+    matrices = (config.num_layers * widths + config.vocab_size) * config.embed_dim
     return 6 * matrices + 12 * config.num_layers * config.embed_dim * context_length

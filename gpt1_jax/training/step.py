@@ -12,7 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.model.objective import cross_entropy
+from gpt1_jax.model.cross_entropy import cross_entropy
+from gpt1_jax.model.objective import make_task
 from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.training.mesh import batch_sharding
 from gpt1_jax.training.optimizer import learning_rate_schedule
@@ -22,20 +23,23 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
 
-def language_model_loss(config: Config, params: Params, tokens_BT: jax.Array, dropout_key: jax.Array) -> jax.Array:
-    """Mean negative log-probability of each token but the first of its window (paper, Eq. 1), nats per token.
+def language_model_loss(config: Config, params: Params, tokens_BT: jax.Array, key: jax.Array) -> jax.Array:
+    """Mean negative log-probability of the tokens that ``model.objective`` asks for, nats per token.
+
+    Those are all but the first of each window in the causal case (paper, Eq. 1).
 
     Args:
         config: the run.
         params: the weights.
         tokens_BT: windows of context_length + 1 tokens.
-        dropout_key: random key of every dropout.
+        key: random key of every dropout, and of the objective's draws.
     """
+    dropout_key, task_key = jax.random.split(key)
+    task = make_task(config.model, tokens_BT, task_key)
     model = bind(config.model, params)
-    targets_BT = tokens_BT[:, 1:]
-    x_BTD, _ = model(tokens_BT[:, :-1], dropout_key=dropout_key)
-    weights_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size, jnp.float32)
-    return cross_entropy(x_BTD, model.embedding.token_kernel[...], targets_BT, weights_BT, config.model.loss_chunk)
+    x_BTD, _ = model(task.inputs_BT, mask_BTS=task.mask_BTS, dropout_key=dropout_key)
+    chunk, cap = config.model.loss_chunk, config.model.logit_cap
+    return cross_entropy(x_BTD, model.output_table, task.targets_BT, task.weights_BT, chunk, cap)
 
 
 def train_step(

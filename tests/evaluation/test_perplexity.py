@@ -90,6 +90,43 @@ def test_nats_are_those_of_a_loop_over_tokens(params, length, stride):
     np.testing.assert_allclose(score.nats, naive_nats(params, tokens.tokens, 16, stride or 16), rtol=2e-6)
 
 
+def variation_of(objective: str, stride: int | None = None, mask_period: int = 7) -> tuple[Evaluator, Config]:
+    model = MODEL.model_copy(update={"objective": objective})
+    evaluation = EvaluationConfig(stride=stride, batch_size=4, sample_tokens=4, mask_period=mask_period)
+    settings = Config(model=model, evaluation=evaluation)
+    return Evaluator(settings, one_device(), SEPARATOR), settings
+
+
+def naive_pseudo_nats(config: Config, params, tokens: np.ndarray) -> float:
+    """Every token hidden in turn, with those of its window that are hidden with it, in windows of their true length."""
+    period, stride = config.evaluation.mask_period, config.evaluation.stride or 16
+    total, counted = 0.0, 0
+    for start in range(0, len(tokens), stride):
+        window = tokens[start : start + 16]
+        for position in range(max(0, counted - start), len(window)):
+            hidden = np.arange(len(window)) % period == position % period
+            inputs = np.where(hidden, config.model.mask_id, window)
+            log_probs = _log_probs(params, jnp.asarray(inputs)[None], config.model)
+            total -= float(log_probs[0, position, window[position]])
+        counted = max(counted, start + len(window))
+    return total
+
+
+@pytest.mark.parametrize(("length", "stride", "period"), [(1, None, 7), (17, None, 3), (40, 9, 7), (20, None, 16)])
+def test_pseudo_nats_are_those_of_each_token_hidden(length, stride, period):
+    evaluate, settings = variation_of("masked", stride, period)
+    params = jax.tree.map(lambda leaf: leaf * 4, init_params(settings.model, jax.random.key(0)))
+    tokens = stream(length)
+    score = evaluate(params, tokens)
+    assert score.tokens == length
+    np.testing.assert_allclose(score.nats, naive_pseudo_nats(settings, params, tokens.tokens), rtol=5e-6)
+
+
+def test_a_prefix_model_is_evaluated_without_a_prefix(params):
+    evaluate, _ = variation_of("prefix")
+    assert evaluate(params, stream(40)) == evaluator()(params, stream(40))
+
+
 def test_uniform_model_costs_log_vocab_a_token(params):
     uniform = jax.tree.map(jnp.zeros_like, params)
     score = evaluator()(uniform, stream(50))

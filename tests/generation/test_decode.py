@@ -10,6 +10,7 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.generation import decode
 from gpt1_jax.generation.decode import generate, prompt_room, stream
 from gpt1_jax.generation.sampling import GREEDY, Sampling, sample
+from gpt1_jax.model.objective import prefix_mask
 from gpt1_jax.model.transformer import bind, init_params
 
 MODEL = ModelConfig(
@@ -32,21 +33,24 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, length]).integers(0, 90, length, dtype=np.int32)
 
 
-@partial(jax.jit, static_argnums=3)
-def _next_token(params, tokens_BT, length, sampling, key):
-    model = bind(MODEL, params)
-    logits = model.logits(model(tokens_BT)[0])[:, length - 1]
+@partial(jax.jit, static_argnums=(0, 4))
+def _next_token(config, params, tokens_BT, lengths, sampling, key):
+    prompt, length = lengths
+    model = bind(config, params)
+    mask = prefix_mask(prompt[None], tokens_BT.shape[1]) if config.objective == "prefix" else None
+    logits = model.logits(model(tokens_BT, mask_BTS=mask)[0])[:, length - 1]
     return sample(logits, key[None], sampling)[0]
 
 
-def uncached(params, prompt, *, row=0, sampling=GREEDY, max_tokens, seed=0, separator_id=NEVER):
+def uncached(params, prompt, *, model=MODEL, row=0, sampling=GREEDY, max_tokens, seed=0, separator_id=NEVER):
     """The whole text through the model again for every token, one row at a time."""
     tokens, new = list(prompt), []
     row_key = jax.random.fold_in(jax.random.key(seed), row)
     while len(new) < max_tokens:
-        padded = jnp.array([tokens + [0] * (MODEL.context_length - len(tokens))])
+        padded = jnp.array([tokens + [0] * (model.context_length - len(tokens))])
         key = jax.random.fold_in(row_key, len(tokens))
-        token = int(_next_token(params, padded, len(tokens), sampling, key))
+        lengths = jnp.array([len(prompt), len(tokens)])
+        token = int(_next_token(model, params, padded, lengths, sampling, key))
         if token == separator_id:
             break
         tokens.append(token)
@@ -67,6 +71,20 @@ def test_cached_equals_uncached_token_for_token(params, scan_layers, sampling):
         got = generate(config, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=7, separator_id=NEVER)
         expected = uncached(params, prompt(length), sampling=sampling, max_tokens=5, seed=7)
         assert tokens_of(got) == [expected] and len(expected) == 5
+
+
+def test_every_variation_is_cached_as_it_is_computed(variation):
+    config = CONFIG.model_copy(update={"model": variation})
+    params = jax.tree.map(lambda leaf: leaf * 10, init_params(variation, jax.random.key(0)))
+    prompts = [prompt(length) for length in (1, 9, 4)]
+    arguments = {"sampling": GREEDY, "max_tokens": 6, "seed": 0, "separator_id": NEVER}
+    if variation.objective == "masked":
+        with pytest.raises(UserError, match=r"model\.objective=masked.*cannot continue"):
+            generate(config, params, prompts, **arguments)
+        return
+    expected = [uncached(params, tokens, model=variation, max_tokens=6) for tokens in prompts]
+    assert tokens_of(generate(config, params, prompts, **arguments)) == expected
+    assert len({token for row in expected for token in row}) > 3
 
 
 def test_the_whole_context_is_used(params):

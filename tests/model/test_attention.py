@@ -8,8 +8,8 @@ import pytest
 from gpt1_jax.model import causal_attention as blocked
 from gpt1_jax.model.attention import dot_product_attention
 from gpt1_jax.model.causal_attention import causal_attention
+from gpt1_jax.model.cross_entropy import cross_entropy
 from gpt1_jax.model.dropout import dropout, seed_of
-from gpt1_jax.model.objective import cross_entropy
 from gpt1_jax.model.products import affine, product
 
 BLOCK = 8

@@ -1,61 +1,88 @@
+"""What each objective lets a model read, see and predict."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt1_jax.model.objective import cross_entropy, token_nats
+from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.objective import Task, make_task, prefix_mask
 
-B, T, D, V = 3, 10, 8, 29
-
-
-@pytest.fixture(scope="module")
-def inputs() -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (B, T, D))
-    table = jax.random.normal(keys[1], (V, D))
-    return x, table, jax.random.randint(keys[2], (B, T), 0, V), jax.random.uniform(keys[3], (B, T))
+B, T, VOCAB = 400, 50, 97
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, T + 1), dtype=np.int32)
 
 
-def plain(x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    log_probs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", x, table))
-    return -(jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0] * weights).sum()
+def task_of(objective: str, seed: int = 0) -> Task:
+    config = ModelConfig(vocab_size=VOCAB, context_length=T, objective=objective, dtype="float32")
+    return make_task(config, jnp.asarray(TOKENS), jax.random.key(seed))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 99])
-def test_value_and_gradients_equal_the_plain_loss(inputs, chunk):
-    x, table, targets, weights = inputs
-    expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1, 3))(x, table, targets, weights)
-    loss = lambda x, table, weights: 3 * cross_entropy(x, table, targets, weights, chunk)  # noqa: E731
-    found, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(x, table, weights)
-    np.testing.assert_allclose(found, 3 * expected, rtol=1e-6)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(grad, 3 * expected_grad, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("objective", ["causal", "masked", "prefix"])
+def test_the_weights_are_equal_and_sum_to_one(objective):
+    weights = np.asarray(task_of(objective).weights_BT)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+    assert len(np.unique(weights[weights > 0])) == 1
 
 
-def test_value_without_gradient_is_the_same(inputs):
-    np.testing.assert_allclose(cross_entropy(*inputs, 4), plain(*inputs), rtol=1e-6)
+def test_causal_predicts_every_next_token():
+    task = task_of("causal")
+    np.testing.assert_array_equal(task.inputs_BT, TOKENS[:, :-1])
+    np.testing.assert_array_equal(task.targets_BT, TOKENS[:, 1:])
+    assert task.mask_BTS is None and (np.asarray(task.weights_BT) > 0).all()
 
 
-def test_by_hand():
-    # One position, two tokens: logits 0 and ln 3, so the probabilities are 1/4 and 3/4.
-    x, table = jnp.ones((1, 1, 1)), jnp.array([[0.0], [np.log(3.0)]])
-    for target, probability in ((0, 0.25), (1, 0.75)):
-        nats = token_nats(x, table, jnp.array([[target]]), 1)
-        np.testing.assert_allclose(nats, [[-np.log(probability)]], rtol=1e-6)
+def test_masked_predicts_15_percent_of_which_80_are_hidden_and_10_replaced():
+    task = task_of("masked")
+    inputs, targets, chosen = (np.asarray(x) for x in (task.inputs_BT, task.targets_BT, task.weights_BT > 0))
+    np.testing.assert_array_equal(targets, TOKENS[:, 1:])
+    np.testing.assert_array_equal(inputs[~chosen], targets[~chosen])  # what is not predicted is read as it is
+    count = chosen.sum()
+    assert abs(chosen.mean() - 0.15) < 4 * np.sqrt(0.15 * 0.85 / chosen.size)
+    for share, found in (
+        (0.8, inputs[chosen] == VOCAB),
+        (0.1 + 0.1 / VOCAB, inputs[chosen] == targets[chosen]),
+        (0.1 * (1 - 1 / VOCAB), (inputs[chosen] != VOCAB) & (inputs[chosen] != targets[chosen])),
+    ):
+        assert abs(found.mean() - share) < 4 * np.sqrt(share * (1 - share) / count)
+    assert (inputs[~chosen] < VOCAB).all()
 
 
-def test_the_logits_of_a_whole_batch_never_exist():
-    # The largest array that the compiled gradient holds is a chunk of logits, not all of them.
-    batch, length, width, vocab, chunk = 4, 64, 16, 4000, 8
-    x, table = jnp.zeros((batch, length, width)), jnp.zeros((vocab, width))
-    targets, weights = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length))
-    grad = jax.jit(jax.grad(lambda x, w: cross_entropy(x, w, targets, weights, chunk), argnums=(0, 1)))
-    memory = grad.lower(x, table).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < batch * length * vocab * 4
+def test_masked_draws_anew_for_every_key_and_row():
+    first, again, other = (np.asarray(task_of("masked", seed).inputs_BT) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    hidden = first == VOCAB
+    assert len(np.unique(hidden, axis=0)) == B
 
 
-def test_large_logits_stay_finite():
-    x, table = jnp.full((1, 1, 1), 1e4), jnp.array([[1.0], [-1.0]])
-    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(x, table, jnp.array([[1]]), jnp.ones((1, 1)), 1)
-    np.testing.assert_allclose(loss, 2e4)
-    assert all(np.isfinite(grad).all() for grad in grads)
+def test_prefix_predicts_what_the_prefix_does_not_show():
+    task = task_of("prefix")
+    mask, predicted = np.asarray(task.mask_BTS), np.asarray(task.weights_BT) > 0
+    np.testing.assert_array_equal(task.inputs_BT, TOKENS[:, :-1])
+    lengths = set()
+    for row in range(B):
+        prefix = int(mask[row, 0].sum())  # the first query sees the prefix, or itself alone
+        lengths.add(prefix)
+        for query in range(T):
+            np.testing.assert_array_equal(np.flatnonzero(mask[row, query]), np.arange(max(prefix, query + 1)))
+            # Position t predicts token t + 1, which must lie behind the prefix.
+            assert predicted[row, query] == (query + 1 >= prefix)
+    assert min(lengths) == 1 and max(lengths) == T - 1 and len(lengths) > T // 2
+
+
+def test_no_prediction_sees_its_own_answer():
+    """Of any objective: with another target at one place, what its own prediction reads and sees stays the same."""
+    for objective in ("masked", "prefix"):
+        task = task_of(objective)
+        predicted = np.asarray(task.weights_BT) > 0
+        if objective == "prefix":
+            seen = np.asarray(task.mask_BTS)[:, :, 1:][:, np.arange(T - 1), np.arange(T - 1)]
+            assert not (seen & predicted[:, :-1]).any()  # the key at t + 1 is the answer of query t
+        else:
+            read_as_is = (np.asarray(task.inputs_BT) == np.asarray(task.targets_BT)) & predicted
+            assert read_as_is.sum() / predicted.sum() < 0.2
+
+
+def test_prefix_mask_by_hand():
+    expected = [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    np.testing.assert_array_equal(prefix_mask(jnp.array([2]), 3)[0], np.array(expected, bool))
