@@ -28,7 +28,7 @@ from typing import Any
 
 from gpt1_jax.text.document import Document
 from gpt1_jax.text.python_docs import PythonDocsSource
-from gpt1_jax.text.tokenizer import train_tokenizer
+from gpt1_jax.text.sentencepiece import train_tokenizer
 
 ROUNDS = 5
 

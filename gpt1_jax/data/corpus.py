@@ -37,7 +37,7 @@ class Corpus:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The SentencePiece model that made the tokens."""
+        """The tokenizer that made the tokens: a SentencePiece model or, under the same name, a tokenizer.json."""
         return self.folder / "tokenizer.model"
 
     def tokens(self, split: Split) -> "TokenStream":

@@ -13,7 +13,7 @@ from gpt1_jax.data.documents import DocumentReader
 from gpt1_jax.data.manifest import Shard, Split
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.pool import ordered_map
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer
+from gpt1_jax.text.tokenizer import Tokenizer, read_tokenizer
 
 TOKENIZER = "tokenizer.model"
 _JOB_BYTES = 1_000_000  # of text, encoded in one go
@@ -79,8 +79,8 @@ def encode_documents(
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(corpus: Path, split: Split) -> tuple[DocumentReader, SentencePieceTokenizer]:
-    return DocumentReader(corpus, split), SentencePieceTokenizer.from_file(corpus / TOKENIZER)
+def _opened(corpus: Path, split: Split) -> tuple[DocumentReader, Tokenizer]:
+    return DocumentReader(corpus, split), read_tokenizer(corpus / TOKENIZER)
 
 
 def _encode(job: _Job) -> _Encoded:

@@ -3,7 +3,7 @@
 It is written last, so a folder that has one is complete. The files that it describes::
 
     documents/                the cleaned documents, a TFDS dataset in ArrayRecord files, splits train and validation
-    tokenizer.model           the SentencePiece model
+    tokenizer.model           the tokenizer, of whichever kind
     train-SS-NNNNN.tokens     tokens of source SS, shard NNNNN: flat, little-endian, uint16 or uint32
     train-SS-NNNNN.offsets    where each of its documents begins in the shard, and the end of the last: int64
     validation-SS-NNNNN.*     the same for the validation split

@@ -28,13 +28,14 @@ from gpt1_jax.data.storage import locked, storage_errors, write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.pool import available_cores
 from gpt1_jax.text.document import TextSource
+from gpt1_jax.text.fast_tokenizer import FastTokenizer
+from gpt1_jax.text.sentencepiece import train_tokenizer
 from gpt1_jax.text.sources import open_source
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer, train_tokenizer
+from gpt1_jax.text.tokenizer import Tokenizer, read_tokenizer
 
 __all__ = ["corpus_dir", "prepare", "read_documents"]
 
 _FORMAT = 1  # of the prepared files; another number makes every corpus anew
-_LIBRARIES = ("ftfy", "sentencepiece")  # those whose versions may change the bytes
 _WORK = ".work"
 
 
@@ -49,8 +50,8 @@ def corpus_dir(config: Config) -> Path:
     Raises:
         UserError: if a source, or a given tokenizer, is not there or not sound.
     """
-    sources, _ = _open(config)
-    return _folder(config, sources, _settings(config, sources))
+    sources, given = _open(config)
+    return _folder(config, sources, _settings(config, sources, given))
 
 
 def prepare(config: Config, progress: Progress = lambda stage, done, total: None) -> Path:
@@ -72,7 +73,7 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
         StorageError: if the disk is full or read-only.
     """
     sources, given = _open(config)
-    settings = _settings(config, sources)
+    settings = _settings(config, sources, given)
     folder = _folder(config, sources, settings)
     if (folder / MANIFEST).exists():
         return folder
@@ -91,18 +92,18 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
     return folder
 
 
-def _open(config: Config) -> tuple[list[TextSource], SentencePieceTokenizer | None]:
+def _open(config: Config) -> tuple[list[TextSource], Tokenizer | None]:
     """The sources and the given tokenizer, if any: mistakes show before any work is done."""
     max_chars, workers = config.data.cleaning.max_chars, _workers(config)
     sources = [open_source(source, max_chars, workers) for source in config.data.sources]
     path = config.data.tokenizer.file
     if path is None:
         return sources, None
-    tokenizer = SentencePieceTokenizer.from_file(path)
+    tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"data.tokenizer.file={path} has {tokenizer.vocab_size} pieces, but model.vocab_size="
-            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or give another model"
+            f"data.tokenizer.file={path} has {tokenizer.vocab_size} tokens, but model.vocab_size="
+            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or give another tokenizer"
         )
     return sources, tokenizer
 
@@ -111,9 +112,10 @@ def _workers(config: Config) -> int:
     return config.data.workers or available_cores()
 
 
-def _settings(config: Config, sources: list[TextSource]) -> dict[str, Any]:
+def _settings(config: Config, sources: list[TextSource], given: Tokenizer | None) -> dict[str, Any]:
     """Everything that changes the contents of the corpus."""
     data, file = config.data, config.data.tokenizer.file
+    libraries = ("ftfy", "tokenizers" if isinstance(given, FastTokenizer) else "sentencepiece")
     return {
         "format": _FORMAT,
         "sources": [source.settings() for source in sources],
@@ -122,7 +124,7 @@ def _settings(config: Config, sources: list[TextSource]) -> dict[str, Any]:
         "vocab_size": config.model.vocab_size,
         "validation_fraction": data.validation_fraction,
         "shard_tokens": data.shard_tokens,
-        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "libraries": {name: metadata.version(name) for name in libraries},  # these may change the bytes
     }
 
 
@@ -135,7 +137,7 @@ def _folder(config: Config, sources: list[TextSource], settings: dict[str, Any])
 def _run_stages(
     config: Config,
     sources: list[TextSource],
-    given: SentencePieceTokenizer | None,
+    given: Tokenizer | None,
     settings: dict[str, Any],
     partial: Path,
     progress: Progress,
@@ -159,7 +161,7 @@ def _run_stages(
         write_atomically(partial / TOKENIZER, tokenizer.to_bytes())
     shards = encode_documents(partial, work, collected, config.data.shard_tokens, workers, progress)
     progress("computing checksums", 0, None)
-    tokenizer = SentencePieceTokenizer.from_file(partial / TOKENIZER)
+    tokenizer = read_tokenizer(partial / TOKENIZER)
     manifest = _manifest(partial, settings, collected, tokenizer, shards)
     write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
     shutil.rmtree(work)
@@ -183,7 +185,7 @@ def _manifest(
     partial: Path,
     settings: dict[str, Any],
     collected: Collected,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     shards: tuple[Shard, ...],
 ) -> Manifest:
     files = sorted(path for path in partial.rglob("*") if path.is_file() and partial / _WORK not in path.parents)

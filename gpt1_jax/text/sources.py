@@ -1,10 +1,11 @@
 """From a source's configuration to the source."""
 
-from gpt1_jax.config import Files, HuggingFace, PythonDocs, Source, Tfds
+from gpt1_jax.config import Files, HuggingFace, PythonDocs, Source, Stories, Tfds
 from gpt1_jax.text.document import TextSource
 from gpt1_jax.text.files import FilesSource
 from gpt1_jax.text.huggingface import HuggingFaceSource
 from gpt1_jax.text.python_docs import PythonDocsSource
+from gpt1_jax.text.stories import StoriesSource
 
 
 def open_source(config: Source, max_chars: int, workers: int) -> TextSource:
@@ -21,6 +22,8 @@ def open_source(config: Source, max_chars: int, workers: int) -> TextSource:
     match config:
         case PythonDocs():
             return PythonDocsSource(workers)
+        case Stories():
+            return StoriesSource(config)
         case Files():
             return FilesSource(config, max_chars)
         case Tfds():

@@ -1,31 +1,23 @@
-"""SentencePiece BPE: lossless, with byte fallback, no silent normalisation and a separator no text can produce."""
+"""What every tokenizer offers, and the one way to open a stored one, whatever its kind."""
 
-import hashlib
-import io
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import sentencepiece as spm
 
 from gpt1_jax.errors import UserError
-
-SEPARATOR = "<|endoftext|>"
-_SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
-_TRAINING_LINE = 4000  # bytes; the trainer leaves out, silently, lines over 4192
-_TRAINING_THREADS = 8  # written into the model, so fixed: the same sample gives the same bytes on any machine
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")  # str.splitlines also splits at eight other characters
-# What a model must give back unchanged: runs of spaces, control characters, scripts, the marks that models use.
-_PROBE = (
-    "A b  c   \n\n \tx\r\n\0\x01 été ﬁ ½ 漢字 😀 <unk> <s> </s> <|endoftext|> <0x41> a\u2581b \u2581\n \n\ufeff\u2028."
-)
+from gpt1_jax.text.fast_tokenizer import FastTokenizer
+from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to tokens and back: ``decode(encode(text)) == text``."""
+    """Text to tokens and back.
+
+    ``decode(encode(text)) == text`` holds for the SentencePiece models of this project, and for their form in the
+    ``tokenizers`` library; a vocabulary that comes from elsewhere may lose case or spacing.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -34,7 +26,7 @@ class Tokenizer(Protocol):
 
     @property
     def separator_id(self) -> int:
-        """The token that ends every document; no text encodes to it."""
+        """The token that ends every document; no text encodes to it, or only what the vocabulary does not know."""
         ...
 
     @property
@@ -43,11 +35,23 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of a text, int32, shape (tokens,)."""
+        """The tokens of a text, int32, shape (tokens,).
+
+        Raises:
+            UnicodeEncodeError: if the text holds half of a surrogate pair, which is not Unicode text.
+        """
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, as :meth:`encode`; one call for many short texts is faster."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens; separators give nothing, and bytes that are no UTF-8 give U+FFFD."""
+        """The text of tokens; separators give nothing, and bytes that are no UTF-8 give U+FFFD.
+
+        The text of a beginning of the tokens is a beginning of their text, but for an incomplete character at its
+        end, which gives U+FFFD.
+        """
         ...
 
     def to_bytes(self) -> bytes:
@@ -55,165 +59,29 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
-    r"""A SentencePiece model. Text is encoded line by line, a line being what ends in ``\n``.
-
-    SentencePiece writes a space as U+2581 and so cannot tell the two apart. Here a U+2581 of the text is encoded as
-    the three byte pieces of its UTF-8, which decode to itself.
-    """
-
-    def __init__(self, model: bytes, origin: str = "tokenizer.model") -> None:
-        """Loads a serialized model; ``origin`` names it in messages.
-
-        Raises:
-            UserError: if it is not a sound model, has no separator, or loses text.
-        """
-        self._model = model
-        try:
-            self._processor = spm.SentencePieceProcessor(model_proto=model)
-            self.vocab_size: int = self._processor.vocab_size()
-        except (RuntimeError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{origin}: not a SentencePiece model: {error}") from None
-        if not self.vocab_size:
-            raise UserError(f"{origin}: not a SentencePiece model: it is empty")
-        self.separator_id: int = self._separator(origin)
-        self.fingerprint: str = hashlib.sha256(model).hexdigest()
-        self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-        decoded = self.decode(self.encode(_PROBE))
-        if decoded != _PROBE:
-            raise UserError(
-                f"{origin}: this model changes text: {_PROBE!r} comes back as {decoded!r}. Train it with "
-                "normalization_rule_name=identity, byte_fallback=true, remove_extra_whitespaces=false and "
-                "add_dummy_prefix=false"
-            )
-
-    @classmethod
-    def from_bytes(cls, model: bytes) -> "SentencePieceTokenizer":
-        """The tokenizer in a serialized model, e.g. one that a checkpoint carries."""
-        return cls(model)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "SentencePieceTokenizer":
-        """The tokenizer in a model file.
-
-        Raises:
-            UserError: if the file cannot be read, or is not a sound model.
-        """
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(f"{path}: this SentencePiece model cannot be read: {error.strerror}") from None
-
-    def to_bytes(self) -> bytes:
-        """The serialized model."""
-        return self._model
-
-    def encode(self, text: str) -> np.ndarray:
-        """The tokens of a text, int32, shape (tokens,).
-
-        Raises:
-            UnicodeEncodeError: if the text holds half of a surrogate pair, which is not Unicode text.
-        """
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, as :meth:`encode`; one call for many short texts is faster."""
-        lines: list[str] = []
-        ends = []
-        for text in texts:
-            text.encode("utf-8")  # the library would replace surrogates without a word
-            lines += _LINE.findall(text)
-            ends.append(len(lines))
-        encoded = self._processor.encode(lines, num_threads=1)
-        for number, line in enumerate(lines):
-            if _SPACE_MARK in line:
-                encoded[number] = self._encode_marked(line)
-        return [
-            np.fromiter((token for line in encoded[start:end] for token in line), np.int32)
-            for start, end in zip([0, *ends], ends, strict=False)
-        ]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens; separators give nothing, and bytes that are no UTF-8 give U+FFFD."""
-        return self._processor.decode(np.asarray(ids, np.int64).tolist())
-
-    def _encode_marked(self, line: str) -> list[int]:
-        first, *rest = (self._processor.encode(part) for part in line.split(_SPACE_MARK))
-        for part in rest:
-            first += self._mark_ids + part
-        return first
-
-    def _separator(self, origin: str) -> int:
-        for token in (self._processor.eos_id(), self._processor.bos_id()):
-            if token >= 0:
-                return token
-        raise UserError(f"{origin}: this model has no control piece (eos or bos) to put between documents")
-
-
-def load_tokenizer(model: bytes) -> Tokenizer:
-    """The tokenizer that :meth:`Tokenizer.to_bytes` serialized."""
-    return SentencePieceTokenizer(model)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Trains a BPE model with byte fallback: id 0 unknown, id 1 the separator, id 2 the newline.
+def load_tokenizer(content: bytes, origin: str = "tokenizer.model") -> Tokenizer:
+    """The tokenizer in its serialized form: a SentencePiece model, or a JSON of the ``tokenizers`` library.
 
     Args:
-        texts: the sample; all of it is used.
-        vocab_size: number of tokens.
+        content: what :meth:`Tokenizer.to_bytes` gave; the two kinds are told apart by it.
+        origin: names it in messages.
 
     Raises:
-        UserError: if the sample is too small, or too varied, for so many tokens.
+        UserError: if it is neither, or does not serve as a tokenizer here.
     """
-    model = io.BytesIO()
+    # A SentencePiece model is a protocol buffer whose first byte, the tag of field 1, is a newline.
+    kind = FastTokenizer if content.startswith(b"{") else SentencePieceTokenizer
+    return kind(content, origin)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, of either kind.
+
+    Raises:
+        UserError: if the file cannot be read, or holds no sound tokenizer.
+    """
     try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            required_chars=_SPACE_MARK,  # or a space, in a corpus that has few, would fall to the bytes of its mark
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=SEPARATOR,
-            num_threads=_TRAINING_THREADS,
-            minloglevel=3,
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from None
-    return SentencePieceTokenizer(model.getvalue())
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines without their ends, the long ones cut at spaces, or anywhere if there are none."""
-    for text in texts:
-        for line in text.replace(_SPACE_MARK, "\n").split("\n"):
-            while len(line.encode()) > _TRAINING_LINE:
-                piece = line[: _TRAINING_LINE // 4]  # characters of at most four bytes
-                cut = piece.rfind(" ", 1)
-                cut = cut if cut > 0 else len(piece)
-                yield line[:cut]
-                line = line[cut:]
-            if line:
-                yield line
-
-
-def _training_error(message: str, vocab_size: int) -> UserError:
-    if largest := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"model.vocab_size={vocab_size}: the corpus is too small for so many tokens; "
-            f"the largest possible vocabulary is {largest[1]}. Lower model.vocab_size or add text"
-        )
-    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return UserError(
-            f"model.vocab_size={vocab_size}: too few for the bytes and the characters of this corpus; "
-            f"the smallest possible vocabulary is {smallest[1]}"
-        )
-    return UserError(f"model.vocab_size={vocab_size}: the tokenizer cannot be trained: {message}")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: this tokenizer cannot be read: {error.strerror}") from None
+    return load_tokenizer(content, str(path))

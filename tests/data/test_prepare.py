@@ -24,8 +24,10 @@ from gpt1_jax.data.collect import split_of
 from gpt1_jax.data.manifest import read_manifest, sha256_of
 from gpt1_jax.data.prepare import corpus_dir, prepare, read_documents
 from gpt1_jax.errors import GPT1Error, StorageError, UserError
+from gpt1_jax.interop.fast_conversion import fast_tokenizer_json
 from gpt1_jax.pool import ordered_map
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer, train_tokenizer
+from gpt1_jax.text.sentencepiece import train_tokenizer
+from gpt1_jax.text.tokenizer import read_tokenizer
 
 WORDS = "the of and to in is was he for it with as his on be at by had not are but from or have an they which".split()
 
@@ -92,7 +94,7 @@ def test_checksums_cover_every_file(corpus):
 
 def test_tokens_are_those_of_the_documents(corpus):
     manifest = read_manifest(corpus)
-    tokenizer = SentencePieceTokenizer.from_file(corpus / "tokenizer.model")
+    tokenizer = read_tokenizer(corpus / "tokenizer.model")
     assert tokenizer.fingerprint == manifest.tokenizer_fingerprint
     assert (manifest.vocab_size, manifest.separator_id) == (400, tokenizer.separator_id)
     for split in ("train", "validation"):
@@ -241,11 +243,25 @@ def test_given_tokenizer(texts, tmp_path):
     model = train_tokenizer([story(n) for n in range(50)], 350)
     (tmp_path / "my.model").write_bytes(model.to_bytes())
     given = f"data.tokenizer.file={tmp_path / 'my.model'}"
-    with pytest.raises(UserError, match=r"has 350 pieces, but model\.vocab_size=400"):
+    with pytest.raises(UserError, match=r"has 350 tokens, but model\.vocab_size=400"):
         prepare(config(texts, tmp_path / "root", given))
     assert not (tmp_path / "root").exists()
     folder = prepare(config(texts, tmp_path / "root", given, "model.vocab_size=350"))
     assert (folder / "tokenizer.model").read_bytes() == model.to_bytes()
+
+
+def test_given_fast_tokenizer(corpus, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt1_jax.data.encode._JOB_BYTES", 5000)
+    content = fast_tokenizer_json(read_tokenizer(corpus / "tokenizer.model"))
+    (tmp_path / "my.json").write_bytes(content)
+    given = f"data.tokenizer.file={tmp_path / 'my.json'}"
+    with pytest.raises(UserError, match=r"my\.json has 400 tokens, but model\.vocab_size=401"):
+        prepare(config(texts, tmp_path / "root", given, "model.vocab_size=401"))
+    folder = prepare(config(texts, tmp_path / "root", given, "data.workers=2"))
+    assert (folder / "tokenizer.model").read_bytes() == content
+    assert read_manifest(folder).tokenizer_fingerprint == hashlib.sha256(content).hexdigest()
+    tokens = {path.name: path.read_bytes() for path in folder.glob("*.tokens")}
+    assert tokens == {path.name: path.read_bytes() for path in corpus.glob("*.tokens")}
 
 
 def test_tokenizer_is_trained_on_a_bounded_sample(texts, tmp_path, monkeypatch):
