@@ -6,28 +6,24 @@ Results go to standard output; logs, progress and errors to standard error.
 import dataclasses
 import json
 import logging
-import math
+import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gpt1_jax.data.storage import FAULTS, write_atomically
+from gpt1_jax.data.storage import FAULTS
 from gpt1_jax.errors import GPT1Error, StorageError, UserError
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from gpt1_jax.config import Config
     from gpt1_jax.data.collect import Progress
     from gpt1_jax.data.corpus import Corpus
-    from gpt1_jax.evaluation.figures import Figures
-    from gpt1_jax.training.loop import Evaluate
+    from gpt1_jax.finish import Finished
     from gpt1_jax.training.run import Run
 
 app = typer.Typer(
@@ -91,7 +87,8 @@ def train(
     from gpt1_jax.config_file import load_config
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
-    from gpt1_jax.text.tokenizer import SentencePieceTokenizer
+    from gpt1_jax.finish import finish, validation_figures
+    from gpt1_jax.text.tokenizer import read_tokenizer
     from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
@@ -103,9 +100,9 @@ def train(
     check_mesh(settings, mesh)
     check_run(settings, allow_changes)
     corpus = Corpus(prepare_corpus(settings, progress=_prepare_progress()))
-    tokenizer = SentencePieceTokenizer.from_file(corpus.tokenizer_file)
-    train_run(settings, corpus, tokenizer, mesh, _validation(settings, corpus, mesh), allow_changes)
-    _finish(settings.run_dir, corpus, mesh, as_json)
+    tokenizer = read_tokenizer(corpus.tokenizer_file)
+    train_run(settings, corpus, tokenizer, mesh, validation_figures(settings, corpus, mesh), allow_changes)
+    _print_finished(finish(settings.run_dir, corpus, mesh), as_json)
 
 
 @app.command(
@@ -127,6 +124,7 @@ def evaluate(
     """Perplexity per token and per word, and bits per byte beside xz, each token counted once."""
     from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
     from gpt1_jax.evaluation.perplexity import Evaluator
+    from gpt1_jax.finish import split_figures
     from gpt1_jax.training.run import open_run
 
     if text and split:
@@ -141,7 +139,7 @@ def evaluate(
         evaluator = Evaluator(config, opened.mesh, opened.tokenizer.separator_id)
         figures = evaluate_texts(evaluator, opened.params, read_texts(text), opened.tokenizer)
     else:
-        figures = _evaluate_split(dataclasses.replace(opened, config=config), _corpus_of(opened), split or "validation")
+        figures = split_figures(dataclasses.replace(opened, config=config), _corpus_of(opened), split or "validation")
     shown = dataclasses.asdict(figures)
     if as_json:
         _print_json(shown)
@@ -215,10 +213,89 @@ def report(
     print(write_report(runs, out))
 
 
+@app.command(
+    epilog="Examples:\n\n  gpt1 export runs/tiny exported/tiny\n\n"
+    "  gpt1 export runs/tiny exported/tiny-hlo --format stablehlo --dtype bfloat16"
+)
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not hold anything.")],
+    to: Annotated[
+        Literal["huggingface", "stablehlo"],
+        typer.Option("--format", help="What transformers loads, or functions that plain JAX calls."),
+    ] = "huggingface",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="huggingface: most bytes of weights in one file, such as 500MB; else 5GB.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="stablehlo: of the products and of the cache; else float32."),
+    ] = None,
+) -> None:
+    """Write a run as a folder that needs nothing of this project: weights, configuration, tokenizer, README."""
+    from gpt1_jax.interop.huggingface import export_huggingface
+    from gpt1_jax.interop.stablehlo import export_stablehlo
+    from gpt1_jax.interop.staging import check_new
+    from gpt1_jax.reporting.records import read_final
+    from gpt1_jax.training.run import open_run
+
+    if to == "huggingface" and dtype:
+        raise UserError(f"--dtype {dtype}: weights go to --format huggingface as they are, float32; leave it out")
+    if to == "stablehlo" and max_shard_size:
+        raise UserError(f"--max-shard-size {max_shard_size}: --format stablehlo writes one file; leave it out")
+    shard_bytes = _bytes(max_shard_size or "5GB", "--max-shard-size")
+    check_new(out)
+    opened = open_run(run)
+    if to == "huggingface":
+        files = export_huggingface(opened, out, read_final(run), shard_bytes)
+        made = f"weights in {len(files)} file(s)"
+    else:
+        made = " and ".join(export_stablehlo(opened, out, dtype or "float32"))
+    print(f"{out}: step {opened.step:,} of {run}, {made}; {out}/README.md says how to use it")
+
+
+@app.command(
+    "import",
+    epilog="Examples:\n\n  gpt1 import exported/tiny runs/again\n\n"
+    "  gpt1 import openai-gpt runs/gpt1 train.steps=20000 optimizer.warmup_steps=200",
+)
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A model as transformers writes it, or the authors' release.")
+    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run to make, such as runs/gpt1.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make a run of a GPT-1 that was trained elsewhere: it evaluates, generates, fine-tunes and trains on."""
+    from gpt1_jax.interop.importing import import_run
+
+    config = import_run(folder, run, overrides or ())
+    print(
+        f"{run} is imported: {config.model.num_layers} layers of width {config.model.embed_dim}, "
+        f"{config.model.vocab_size:,} tokens.\n"
+        f"\nNext:\n  .venv/bin/gpt1 evaluate {run} --text README.md\n"
+        f'  .venv/bin/gpt1 generate {run} "The" --temperature 0.8 --top-k 40\n'
+        f"  .venv/bin/gpt1 train {run}/config.yaml train.steps=20000"
+    )
+
+
+def _bytes(text: str, option: str) -> int:
+    """A size such as 500MB or 5GB, in powers of 1000; a plain number is bytes."""
+    found = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
+    if not found or not int(found[1]):
+        raise UserError(f"{option} {text}: expected a size such as 500MB or 5GB")
+    return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
+
+
 def _corpus_of(run: "Run") -> "Corpus":
     """The corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed."""
     from gpt1_jax.data.corpus import Corpus
 
+    if run.corpus is None:
+        raise UserError(
+            f"{run.path}: this run was imported, so it has no corpus yet; evaluate text files with --text FILE, or "
+            f"train it with 'gpt1 train {run.path}/config.yaml'"
+        )
     root = Path(run.config.data.root)
     folders = list(root.glob(f"*-{run.corpus}"))
     if not folders:
@@ -244,99 +321,42 @@ def _prepare_progress() -> "Progress":
     return show
 
 
-def _evaluate_split(run: "Run", corpus: "Corpus", split: Literal["train", "validation"]) -> "Figures":
-    from gpt1_jax.data.prepare import read_documents
-    from gpt1_jax.evaluation.figures import evaluate_split
-    from gpt1_jax.evaluation.perplexity import Evaluator
-
-    evaluator = Evaluator(run.config, run.mesh, run.tokenizer.separator_id)
-    texts = (text for text, _ in read_documents(corpus.folder, split))
-    return evaluate_split(evaluator, run.params, corpus.tokens(split), texts, split)
-
-
-def _validation(config: "Config", corpus: "Corpus", mesh: "Mesh") -> "Evaluate":
-    """The figures of the validation split while training."""
-    from gpt1_jax.evaluation.perplexity import Evaluator
-
-    evaluator = Evaluator(config, mesh, corpus.manifest.separator_id)
-    counts = corpus.manifest.splits["validation"]
-    stream = corpus.tokens("validation")
-
-    def figures(params: Any) -> dict[str, float]:
-        score = evaluator(params, stream, config.evaluation.max_tokens)
-        loss = score.nats / score.tokens
-        return {
-            "validation_loss": loss,
-            "validation_perplexity": score.perplexity,
-            # Tokens per byte of the whole split, so that the figure is exact where all of it was evaluated.
-            "validation_bits_per_byte": loss / math.log(2) * counts.tokens / counts.bytes,
-        }
-
-    return figures
-
-
-def _finish(path: Path, corpus: "Corpus", mesh: "Mesh", as_json: bool) -> None:
-    """Evaluates a trained run, samples from it, writes its report, and says what to do next.
-
-    What a finished run already has is shown again, not made again.
-    """
-    from gpt1_jax.reporting.records import EVALUATION, SAMPLES, read_final, read_samples
-    from gpt1_jax.reporting.report import write_report
-    from gpt1_jax.training.run import open_run
-
-    page = path / "report.html"
-    opened = open_run(path, mesh)
-    final, samples = read_final(path), read_samples(path)
-    if not (final.get("step") == opened.step and samples and page.exists()):
-        final = {"step": opened.step, **dataclasses.asdict(_evaluate_split(opened, corpus, "validation"))}
-        samples = list(_samples(opened))
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-        write_atomically(path / SAMPLES, "".join(lines).encode())
-        write_report([path], final=final)
-        write_atomically(path / EVALUATION, json.dumps(final).encode() + b"\n")  # last: it says that all is done
-    sample = samples[0]
+def _print_finished(finished: "Finished", as_json: bool) -> None:
+    """A run's figures, the first of its samples, and what to do next."""
+    run, path = finished.run, finished.run.path
+    sample = finished.samples[0] if finished.samples else None
     if as_json:
-        _print_json({"run": str(path), **final, "sample": sample, "report": str(page)})
+        _print_json({"run": str(path), **finished.final, "sample": sample, "report": str(finished.report)})
         return
-    print(f"\n{path} is trained: {opened.step:,} steps.\n")
-    _print_figures(final)
-    print("\nSample:")
-    print(textwrap.indent((sample["prompt"] + sample["completion"]).strip(), "  "))
+    print(f"\n{path} is trained: {run.step:,} steps.\n")
+    _print_figures(finished.final)
+    if sample:
+        print("\nSample:")
+        print(textwrap.indent((sample["prompt"] + sample["completion"]).strip(), "  "))
+    print("\nNext:")
+    if sample:
+        print(f"  .venv/bin/gpt1 generate {path} {json.dumps(sample['prompt'])} --temperature 0.8 --top-k 40")
     print(
-        f"\nNext:\n  .venv/bin/gpt1 generate {path} {json.dumps(sample['prompt'])} --temperature 0.8 --top-k 40\n"
         f"  .venv/bin/gpt1 evaluate {path} --text README.md\n"
-        f"  .venv/bin/gpt1 train {path}/config.yaml name=longer train.steps={4 * opened.config.train.steps}\n"
-        f"\nReport: {page}"
+        f"  .venv/bin/gpt1 train {path}/config.yaml name=longer train.steps={4 * run.config.train.steps}\n"
+        f"\nReport: {finished.report}"
     )
-
-
-def _samples(run: "Run") -> Iterator[dict[str, Any]]:
-    from gpt1_jax.generation.decode import generate as generate_tokens
-    from gpt1_jax.generation.sampling import Sampling
-
-    prompts = run.config.evaluation.prompts
-    encoded = [run.tokenizer.encode(prompt) for prompt in prompts]
-    completions = generate_tokens(
-        run.config,
-        run.params,
-        encoded,
-        sampling=Sampling(temperature=0.8, top_k=40),
-        max_tokens=run.config.evaluation.sample_tokens,
-        seed=run.config.seed,
-        separator_id=run.tokenizer.separator_id,
-    )
-    for prompt, ids, completion in zip(prompts, encoded, completions, strict=True):
-        text = run.tokenizer.decode([*ids, *completion.tokens])
-        yield {"step": run.step, "prompt": prompt, "completion": text[len(prompt) :]}
 
 
 def _print_figures(figures: Mapping[str, Any]) -> None:
-    words = "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}"
     print(f"{figures['split']}: {figures['documents']:,} documents")
+    if figures.get("pseudo_perplexity") is not None:
+        print(f"  pseudo-perplexity {figures['pseudo_perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
+        print("  a masked model gives a text no probability: no perplexity, no bits per byte")
+        return
+    words = "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}"
     print(f"  perplexity       {figures['perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
     print(f"  word perplexity  {words} per word  ({figures['words']:,} words)")
     xz = f"xz -9: {figures['xz_bits_per_byte']:.4f}"
     print(f"  bits per byte    {figures['bits_per_byte']:.4f}  ({figures['bytes']:,} bytes; {xz})")
+    if figures.get("limit_nats") is not None:
+        excess = f"{figures['excess_nats_per_document']:,.2f} nats per document ({figures['excess_percent']:.1f} %)"
+        print(f"  limit            {figures['limit_nats']:,.1f} nats; excess {excess}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gpt1_jax import cli
 
-COMMANDS = ["prepare", "train", "evaluate", "generate", "report"]
+COMMANDS = ["prepare", "train", "evaluate", "generate", "export", "import", "report"]
 
 
 @dataclass
@@ -107,7 +107,8 @@ def test_evaluate_in_json(trained, gpt1, monkeypatch):
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert list(found) == ["split", "documents", "tokens", "words", "bytes", "nats", "perplexity", "word_perplexity",
-                           "bits_per_byte", "xz_bits_per_byte"]  # fmt: skip
+                           "bits_per_byte", "xz_bits_per_byte", "pseudo_perplexity", "limit_nats",
+                           "excess_nats_per_document", "excess_percent"]  # fmt: skip
     assert found["split"] == "validation"
     assert math.isclose(found["perplexity"], math.exp(found["nats"] / found["tokens"]))
     assert math.isclose(found["word_perplexity"], math.exp(found["nats"] / found["words"]))

@@ -1,5 +1,6 @@
 """What the documentation says, held against the code: keys and defaults, commands, modules, figures, exit codes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,9 +12,10 @@ import typer.main
 
 from gpt1_jax import errors
 from gpt1_jax.cli import app
-from gpt1_jax.config import Config, Source
+from gpt1_jax.config import Config, ModelConfig, OptimizerConfig, Source
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.evaluation.figures import Figures
+from gpt1_jax.model.transformer import num_parameters
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 
@@ -123,6 +125,31 @@ def test_the_architecture_names_every_module():
 
 def test_the_figures_are_those_that_evaluate_reports():
     assert [words(figure)[0] for figure, _ in rows("figure", "definition")] == list(Figures.__dataclass_fields__)
+
+
+def test_the_sizes_have_the_parameters_that_are_documented():
+    sizes = rows("name", "overrides", "parameters")
+    assert len(sizes) == 6
+    for name, overrides, parameters in sizes:
+        (config,) = words(name) or ["configs/gpt1.yaml"]
+        settings = load_config(config, [*overrides.strip("`").split(), "model.dtype=float32"])
+        assert f"{num_parameters(settings.model):,}" == parameters
+
+
+def test_every_variation_is_documented_with_its_values():
+    documented = {words(row[0])[0]: row for row in rows("key", "paper", "variation", "source")}
+    fields = {f"model.{name}": field for name, field in ModelConfig.model_fields.items()}
+    departures = list(fields)[list(fields).index("model.objective") + 1 : list(fields).index("model.logit_cap") + 1]
+    assert set(documented) == {*departures, "model.num_kv_heads"}
+    for key, (_, paper, variation, _) in documented.items():
+        assert words(paper)[0] == str(json.dumps(fields[key].default)).strip('"')
+        for value in get_args(fields[key].annotation):
+            assert f"`{value}`" in paper + variation or not isinstance(value, str)
+    for head, name in (("predicts", "model.objective"), ("what it is", "rule"), ("behind the warm-up", "schedule")):
+        section = ModelConfig if name == "model.objective" else OptimizerConfig
+        values = get_args(section.model_fields[name.removeprefix("model.")].annotation)
+        tables_of = [body for page in PAGES for found, body in tables(page) if head in found]
+        assert [words(row[0])[0] for row in tables_of[0]] == list(values)
 
 
 def test_the_exit_codes_are_those_of_the_errors():

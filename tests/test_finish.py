@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt1_jax import cli
@@ -95,3 +96,40 @@ def test_a_file_in_the_place_of_the_runs_folder_is_no_traceback(gpt1, config_fil
     (config_file.parent / "file").touch()
     code, _, message = gpt1("train", config_file, f"runs_dir={config_file.parent / 'file'}")
     assert code == 6 and "Traceback" not in message
+
+
+def test_a_masked_run_has_a_pseudo_perplexity_and_nothing_that_pretends_to_more(gpt1, config_file):
+    overrides = ("name=masked", "model.objective=masked", "train.steps=4", "evaluation.every=4", "evaluation.stride=16")
+    code, out, _ = gpt1("train", config_file, *overrides)
+    run = config_file.parent / "runs/masked"
+    assert code == 0 and "pseudo-perplexity" in out and "gpt1 generate" not in out and "Sample" not in out
+    final = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert final["perplexity"] is final["word_perplexity"] is final["bits_per_byte"] is final["limit_nats"] is None
+    np.testing.assert_allclose(final["pseudo_perplexity"], np.exp(final["nats"] / final["tokens"]))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (evaluation,) = [record for record in records if "validation_loss" in record]
+    assert "validation_pseudo_perplexity" in evaluation
+    assert not {"validation_perplexity", "validation_bits_per_byte"} & set(evaluation)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"{final['pseudo_perplexity']:,.2f}" in page and "Validation perplexity, per token" not in page
+
+    code, out, _ = gpt1("evaluate", run, "--text", config_file, "--json")
+    shown = json.loads(out)
+    assert code == 0 and shown["perplexity"] is None and shown["pseudo_perplexity"] > 1
+    assert "pseudo-perplexity" in gpt1("evaluate", run, "--text", config_file)[1]
+
+    code, _, message = gpt1("generate", run, "The")
+    assert code == 2 and "model.objective=masked" in message and "Traceback" not in message
+
+    before = state(config_file.parent)
+    assert gpt1("train", config_file, *overrides)[0] == 0
+    assert state(config_file.parent) == before  # finished, though it has no samples
+
+
+def test_a_run_of_a_prefix_model_is_generated_from(gpt1, config_file):
+    overrides = ("name=prefix", "model.objective=prefix", "train.steps=4", "evaluation.every=4")
+    code, out, _ = gpt1("train", config_file, *overrides)
+    run = config_file.parent / "runs/prefix"
+    assert code == 0 and "perplexity" in out and "pseudo" not in out
+    first, second = (json.loads(gpt1("generate", run, "The cat sat on", "--tokens", 8, "--json")[1]) for _ in range(2))
+    assert first["completion"] == second["completion"] and first["tokens"] > 0

@@ -1,5 +1,6 @@
-"""The figures of an evaluation: perplexity per token and per word, and bits per byte beside those of xz."""
+"""The figures of an evaluation: perplexity per token and per word, and bits per byte, beside xz and the limit."""
 
+import dataclasses
 import lzma
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.perplexity import Evaluator, Score, Tokens, exp
 from gpt1_jax.model.transformer import Params
+from gpt1_jax.text.stories import grammar
 from gpt1_jax.text.tokenizer import Tokenizer
 
 
@@ -21,6 +23,13 @@ class Figures:
     The separators between documents are among the tokens, and their cost among the nats, so that the model is charged
     for saying where a document ends; they are not among the bytes and words, which are those of the text alone.
 
+    Where every document is a tale of the source ``stories``, the true probability of each is known, its end included;
+    the model's cost includes the end too, in the separator, so the two are comparable. Tales are independent, so on
+    average over those that may be drawn no model costs less than the limit, whatever it has read before.
+
+    A masked model gives a text no probability. Its nats are those of each token from the others on both sides, and but
+    for its pseudo-perplexity every figure made of them is None.
+
     Attributes:
         split: ``train``, ``validation``, or ``text`` for files.
         documents: how many.
@@ -28,11 +37,15 @@ class Figures:
         words: of the text, as white space separates them.
         bytes: of the text in UTF-8.
         nats: the sum over the tokens.
-        perplexity: exp(nats / tokens).
-        word_perplexity: exp(nats / words); None where there are no words, or a few so long (text without spaces) that
-            it is beyond a float.
-        bits_per_byte: nats / ln 2 / bytes.
+        perplexity: exp(nats / tokens); None of a masked model.
+        word_perplexity: exp(nats / words); None of a masked model, and where there are no words, or a few so long
+            (text without spaces) that it is beyond a float.
+        bits_per_byte: nats / ln 2 / bytes; None of a masked model.
         xz_bits_per_byte: the same of xz at its strongest preset, 9, over all documents joined.
+        pseudo_perplexity: exp(nats / tokens) of a masked model; None of any other.
+        limit_nats: the sum of -ln of the true probability of each document; None unless all are tales.
+        excess_nats_per_document: (nats - limit_nats) / documents; None without a limit.
+        excess_percent: 100 (nats - limit_nats) / limit_nats; None without a limit.
     """
 
     split: str
@@ -41,19 +54,24 @@ class Figures:
     words: int
     bytes: int
     nats: float
-    perplexity: float
+    perplexity: float | None
     word_perplexity: float | None
-    bits_per_byte: float
+    bits_per_byte: float | None
     xz_bits_per_byte: float
+    pseudo_perplexity: float | None = None
+    limit_nats: float | None = None
+    excess_nats_per_document: float | None = None
+    excess_percent: float | None = None
 
 
 class TextCounts:
-    """Counts the documents that pass through, and what xz makes of them, in bounded memory."""
+    """Counts the documents that pass through, what xz makes of them and what they cost at least, in bounded memory."""
 
     def __init__(self):
         self.documents = self.words = self.bytes = 0
         self._compressor = lzma.LZMACompressor(preset=9)
         self._compressed = 0
+        self._limit: float | None = 0.0  # nats of the tales so far; None once there was another document
 
     def count(self, texts: Iterable[str]) -> Iterator[str]:
         """Yields the texts, counted."""
@@ -63,23 +81,38 @@ class TextCounts:
             self.words += len(text.split())
             self.bytes += len(data)
             self._compressed += len(self._compressor.compress(data))
+            if self._limit is not None:
+                tale = grammar().nats_of(text)
+                self._limit = None if tale is None else self._limit + tale
             yield text
 
     def figures(self, split: str, score: Score) -> Figures:
         """Joins the counts with the score of the same documents; to be called once, at their end."""
-        word_perplexity = exp(score.nats / self.words) if self.words else math.inf
         compressed = self._compressed + len(self._compressor.flush())
-        return Figures(
+        common = Figures(
             split=split,
             documents=self.documents,
             tokens=score.tokens,
             words=self.words,
             bytes=self.bytes,
             nats=score.nats,
+            perplexity=None,
+            word_perplexity=None,
+            bits_per_byte=None,
+            xz_bits_per_byte=8 * compressed / self.bytes,
+        )
+        if score.pseudo:
+            return dataclasses.replace(common, pseudo_perplexity=score.perplexity)
+        word_perplexity = exp(score.nats / self.words) if self.words else math.inf
+        limit = self._limit
+        return dataclasses.replace(
+            common,
             perplexity=score.perplexity,
             word_perplexity=word_perplexity if math.isfinite(word_perplexity) else None,
             bits_per_byte=score.nats / math.log(2) / self.bytes,
-            xz_bits_per_byte=8 * compressed / self.bytes,
+            limit_nats=limit,
+            excess_nats_per_document=None if limit is None else (score.nats - limit) / self.documents,
+            excess_percent=None if limit is None else 100 * (score.nats - limit) / limit,
         )
 
 

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Literal
@@ -23,6 +23,21 @@ _SMOOTHED_FROM = 40  # points; fewer are drawn as they are
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A horizontal line at a final figure.
+
+    Attributes:
+        label: what it is.
+        height: of the line, from the final figures; None: no line.
+        below: whether the label stands under the line, clear of curves that stay above it.
+    """
+
+    label: str
+    height: Callable[[Record], float | None]
+    below: bool = False
+
+
+@dataclass(frozen=True)
 class Chart:
     """One quantity over the course of training.
 
@@ -33,7 +48,7 @@ class Chart:
         key: in the records.
         evaluation: whether it is measured in evaluations, not in steps.
         overlay: key of an evaluation's quantity that is drawn into the same picture.
-        reference: key of a final figure drawn as a horizontal line, and its label.
+        references: lines to hold the curves against.
         noisy: whether a smoothed curve is drawn over the raw one.
         log: whether the y axis is logarithmic where values span more than a factor of three.
         from_zero: whether the y axis begins at 0.
@@ -46,23 +61,64 @@ class Chart:
     key: str
     evaluation: bool = False
     overlay: str | None = None
-    reference: tuple[str, str] | None = None
+    references: tuple[Reference, ...] = ()
     noisy: bool = False
     log: bool = False
     from_zero: bool = False
     scale: float = 1.0
 
 
+def limit(final: Record) -> float | None:
+    """Nats per token that no model goes below, where the final figures tell of a limit."""
+    return final["limit_nats"] / final["tokens"] if final.get("limit_nats") else None
+
+
+def _perplexity_limit(final: Record) -> float | None:
+    nats = limit(final)
+    return None if nats is None else math.exp(nats)
+
+
+def _byte_limit(final: Record) -> float | None:
+    return final["limit_nats"] / math.log(2) / final["bytes"] if final.get("limit_nats") else None
+
+
 CHARTS = (
-    Chart("loss", "Loss", "nats per token", "loss", overlay="validation_loss", noisy=True),
-    Chart("perplexity", "Validation perplexity", "perplexity per token", "validation_perplexity", True, log=True),
+    Chart(
+        "loss",
+        "Loss",
+        "nats per token",
+        "loss",
+        overlay="validation_loss",
+        references=(Reference("limit", limit, below=True),),
+        noisy=True,
+    ),
+    Chart(
+        "perplexity",
+        "Validation perplexity",
+        "perplexity per token",
+        "validation_perplexity",
+        True,
+        references=(Reference("limit", _perplexity_limit, below=True),),
+        log=True,
+    ),
+    Chart(
+        "pseudo_perplexity",
+        "Validation pseudo-perplexity of a masked model",
+        "pseudo-perplexity per token",
+        "validation_pseudo_perplexity",
+        True,
+        log=True,
+    ),
     Chart(
         "bits_per_byte",
         "Validation bits per byte",
         "bits per byte",
         "validation_bits_per_byte",
         True,
-        reference=("xz_bits_per_byte", "xz"),
+        references=(
+            Reference("xz", lambda final: final.get("xz_bits_per_byte")),
+            Reference("limit", _byte_limit, below=True),
+        ),
     ),
     Chart("learning_rate", "Learning rate", "learning rate", "learning_rate"),
     Chart("grad_norm", "Gradient norm, before clipping", "global norm", "grad_norm", noisy=True, log=True),
@@ -103,22 +159,22 @@ def draw(chart: Chart, runs: Sequence[RunRecords], x_axis: XAxis) -> bytes | Non
             x, y = _curve(run.evaluations, x_axis, chart.overlay)
             axes.plot(x, y, "o--", color=colour, linewidth=1.2, markersize=3.5, label=f"{run.name}, validation")
             shown.append(y)
-    if chart.reference:
-        key, label = chart.reference
-        values = dict.fromkeys(run.final[key] for run in runs if key in run.final)
+    for reference in chart.references:
+        heights = dict.fromkeys(reference.height(run.final) for run in runs)
+        values = [value for value in heights if value is not None]
         for value in values:
             axes.axhline(value, color=_INK, linewidth=1.2, linestyle=":")
             axes.annotate(
-                label,
+                reference.label,
                 (0.99, value),
-                xytext=(0, 3),
+                xytext=(0, -11 if reference.below else 3),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
                 fontsize=9,
                 color=_INK,
             )
-        shown.append(np.array(list(values)))
+        shown.append(np.array(values, np.float64))
     _finish(axes, chart, x_axis, np.concatenate(shown))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})

@@ -12,7 +12,7 @@ import jinja2
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import num_parameters
-from gpt1_jax.reporting.charts import CHARTS, XAxis, draw, short
+from gpt1_jax.reporting.charts import CHARTS, XAxis, draw, limit, short
 from gpt1_jax.reporting.records import Record, RunRecords, read_runs
 
 _X_AXES: tuple[XAxis, ...] = ("step", "tokens")
@@ -98,11 +98,17 @@ def _figures(run: RunRecords) -> dict[str, str | None]:
         "Validation perplexity, per token": _shown(
             final.get("perplexity", evaluation.get("validation_perplexity")), ",.2f"
         ),
+        "Validation pseudo-perplexity, per token": _shown(
+            final.get("pseudo_perplexity", evaluation.get("validation_pseudo_perplexity")), ",.2f"
+        ),
         "Validation perplexity, per word": _shown(final.get("word_perplexity"), ",.2f"),
         "Validation bits per byte": _shown(
             final.get("bits_per_byte", evaluation.get("validation_bits_per_byte")), ".3f"
         ),
         "the same of xz": _shown(final.get("xz_bits_per_byte"), ".3f"),
+        "Limit of the validation loss, nats per token": _shown(limit(final), ".4f"),
+        "Excess over the limit": _shown(final.get("excess_percent"), ".1f", " %"),
+        "Excess over the limit, nats per document": _shown(final.get("excess_nats_per_document"), ",.2f"),
         "Tokens per second, median": short(statistics.median(rates)) if rates else None,
         "Model FLOPs utilisation, median": _shown(statistics.median(shares) if shares else None, ".1f", " %"),
         "Training time": _duration(last.get("seconds")),

@@ -6,6 +6,8 @@ there, so it is complete or absent. It holds all that a run needs to go on, and 
     params/     the weights
     training/   the optimizer's state, the step, the random key
     run/        config.yaml, tokenizer.model, position.json (examples read, and the fingerprint of their corpus)
+
+The checkpoint of an imported model has no training/, and its corpus is null.
 """
 
 import dataclasses
@@ -35,13 +37,13 @@ class RunFiles:
         config: the resolved configuration, YAML.
         tokenizer: the serialized tokenizer.
         examples: training examples read so far, which is the position in the data.
-        corpus: fingerprint of the corpus that they were read from.
+        corpus: fingerprint of the corpus that they were read from; None: the weights were imported.
     """
 
     config: str
     tokenizer: bytes
     examples: int
-    corpus: str
+    corpus: str | None
 
 
 class _RunFilesHandler(ocp.CheckpointHandler):
@@ -121,6 +123,11 @@ class Checkpoints:
             ),
             force=True,
         )
+
+    def save_imported(self, params: Params, files: RunFiles) -> None:
+        """Starts to save weights that were trained elsewhere, as step 0."""
+        assert files.corpus is None
+        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), run=_SaveRunFiles(files)))
 
     def wait(self) -> None:
         """Returns when every save has reached the disk; raises what went wrong with one."""

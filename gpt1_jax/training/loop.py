@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
@@ -20,7 +21,7 @@ from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.progress import Progress
 from gpt1_jax.training.recorder import Recorder
 from gpt1_jax.training.run import check_run, write_config
-from gpt1_jax.training.state import TrainState, abstract_state, init_state
+from gpt1_jax.training.state import TrainState, abstract_state, init_state, init_state_with
 from gpt1_jax.training.step import compile_train_step
 
 # From the weights to the figures that metrics.jsonl gets.
@@ -66,7 +67,7 @@ def train(
             files = checkpoints.read_files(begin)
             _check_same_data(files, corpus, tokenizer, allow_changes)
             # The examples read so far are the position in the data, whatever the batch size was.
-            state, examples = checkpoints.restore_state(begin, abstract_state(config, optimizer, mesh)), files.examples
+            state, examples = _restored(checkpoints, begin, files, config, optimizer, mesh), files.examples
 
         # ---- input
         weights = [source.weight for source in config.data.sources]
@@ -119,6 +120,20 @@ def train(
         )
 
 
+def _restored(
+    checkpoints: Checkpoints,
+    step: int,
+    files: RunFiles,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    abstract = abstract_state(config, optimizer, mesh)
+    if files.corpus is None:  # imported: weights alone
+        return init_state_with(config, optimizer, mesh, checkpoints.restore_params(step, abstract.params))
+    return checkpoints.restore_state(step, abstract)
+
+
 def _check_same_data(files: RunFiles, corpus: Corpus, tokenizer: Tokenizer, allow_changes: bool) -> None:
     if files.tokenizer != tokenizer.to_bytes():
         raise UserError(
@@ -126,7 +141,7 @@ def _check_same_data(files: RunFiles, corpus: Corpus, tokenizer: Tokenizer, allo
             "mean other text; start another run with name=NEW, or prepare with data.tokenizer.file set to the "
             "checkpoint's run/tokenizer.model"
         )
-    if files.corpus != corpus.manifest.fingerprint and not allow_changes:
+    if files.corpus not in (None, corpus.manifest.fingerprint) and not allow_changes:
         raise UserError(
             f"{corpus.folder}: the run was trained on the corpus with fingerprint {files.corpus}, this one has "
             f"{corpus.manifest.fingerprint}; start another run with name=NEW, or pass --allow-changes to go on with it"

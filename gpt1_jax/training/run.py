@@ -13,7 +13,7 @@ from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.mesh import check_mesh, make_mesh, tree_shardings
 
@@ -34,6 +34,14 @@ _FREE_KEYS = (
     "evaluation.",
     "logging.",
 )
+# Of the model's, those that imported weights leave open.
+_FREE_KEYS_OF_IMPORTED = (
+    "model.dropout",
+    "model.attention_dropout",
+    "model.dtype",
+    "model.attention",
+    "model.loss_chunk",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Run:
         path: the run's folder.
         config: the configuration that it was trained with.
         step: updates made.
-        corpus: fingerprint of the corpus that it was trained on.
+        examples: training examples read.
+        corpus: fingerprint of the corpus that it was trained on; None: the weights were imported.
         tokenizer: the tokenizer that it was trained with.
         mesh: the devices that hold the weights.
         params: the weights, float32.
@@ -53,7 +62,8 @@ class Run:
     path: Path
     config: Config
     step: int
-    corpus: str
+    examples: int
+    corpus: str | None
     tokenizer: Tokenizer
     mesh: Mesh
     params: Params
@@ -88,13 +98,15 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
             layouts,
         )
         params = checkpoints.restore_params(step, abstract)
-    return Run(path, config, step, files.corpus, SentencePieceTokenizer.from_bytes(files.tokenizer), mesh, params)
+    tokenizer = load_tokenizer(files.tokenizer)
+    return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params)
 
 
 def check_run(config: Config, allow_changes: bool) -> None:
     """Checks that the run's newest checkpoint, if it has one, was made by this configuration.
 
-    An attempt that did not come to a checkpoint binds nothing, whatever it left behind.
+    An attempt that did not come to a checkpoint binds nothing, whatever it left behind. Imported weights bind the
+    shape of the model alone.
 
     Raises:
         UserError: naming every key that differs and matters.
@@ -106,8 +118,11 @@ def check_run(config: Config, allow_changes: bool) -> None:
         step = checkpoints.latest()
         if step is None:
             return
-        made_by = _config_in(checkpoints.read_files(step), checkpoints.path(step))
+        files = checkpoints.read_files(step)
+        made_by = _config_in(files, checkpoints.path(step))
     changes = list(_differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
+    if files.corpus is None:
+        changes = [c for c in changes if c[0].startswith("model.") and c[0] not in _FREE_KEYS_OF_IMPORTED]
     if changes:
         raise UserError(
             f"{config.run_dir}: this run was made by another configuration:\n"

@@ -40,19 +40,37 @@ def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainS
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and layouts of the state; nothing is allocated."""
+    """Shapes, dtypes and layouts of the state; nothing is allocated.
+
+    A leaf of the optimizer's state lies where the parameter does whose path it ends with and whose shape it has, as
+    every moment. All else is whole on every device: counters, and statistics smaller than their parameter.
+    """
     shapes = jax.eval_shape(lambda: new_state(config, optimizer))
-    params = tree_shardings(mesh, parameter_axes(config.model), shapes.params)
+    layouts = tree_shardings(mesh, parameter_axes(config.model), shapes.params)
+    laid_out = jax.tree.map(lambda s, layout: s.update(sharding=layout), shapes.params, layouts)
+    params = dict(jax.tree.leaves_with_path(laid_out))
     whole = replicated(mesh)
-    # Moments lie where their parameters lie; counters are whole everywhere.
-    opt_state = optax.tree.map_params(
-        optimizer.init, lambda _, layout: layout, shapes.opt_state, params, transform_non_params=lambda _: whole
-    )
-    layouts = dataclasses.replace(jax.tree.map(lambda _: whole, shapes), params=params, opt_state=opt_state)
-    return jax.tree.map(lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), shapes, layouts)
+
+    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owners = (params.get(path[start:]) for start in range(len(path)))
+        sharding = next((owner.sharding for owner in owners if owner and owner.shape == leaf.shape), whole)
+        return leaf.update(sharding=sharding)
+
+    return jax.tree.map_with_path(placed, shapes)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Draws the initial state, each device its own part; the values do not depend on the mesh."""
     layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
     return jax.jit(lambda: new_state(config, optimizer), out_shardings=layouts)()
+
+
+def init_state_with(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
+    """The initial state with the given weights, which are donated, in the place of drawn ones."""
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+
+    def state(params: Params) -> TrainState:
+        drawn = new_state(config, optimizer)  # what is replaced is never computed
+        return dataclasses.replace(drawn, params=params, opt_state=optimizer.init(params))
+
+    return jax.jit(state, donate_argnums=0, out_shardings=layouts)(params)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import lzma
 import math
 import random
@@ -13,6 +14,7 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.figures import TextCounts, evaluate_split, evaluate_texts, read_texts
 from gpt1_jax.evaluation.perplexity import Evaluator, Score
 from gpt1_jax.model.transformer import init_params
+from gpt1_jax.text.stories import grammar
 from gpt1_jax.training.mesh import make_mesh
 
 
@@ -67,9 +69,50 @@ def test_figures_by_hand(evaluator, params):
         "word_perplexity": pytest.approx(math.exp(nats / 9), rel=1e-4),
         "bits_per_byte": pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6),
         "xz_bits_per_byte": 8 * compressed / text_bytes,
+        "pseudo_perplexity": None,
+        "limit_nats": None,
+        "excess_nats_per_document": None,
+        "excess_percent": None,
     }
     assert dataclasses.asdict(figures) == expected
     assert list(dataclasses.asdict(figures)) == list(expected)
+
+
+TALES = [grammar().sample(5, number) for number in range(20)]
+
+
+class Knowing:
+    """A model that knows the true distribution of the tales, told tokens of one byte each."""
+
+    def __call__(self, params, stream, max_tokens=None) -> Score:
+        tokens = stream.read(0, len(stream)).tolist()
+        ends = [position for position, token in enumerate(tokens) if token == Bytes.separator_id]
+        texts = [Bytes().decode(tokens[a + 1 : b]) for a, b in itertools.pairwise([-1, *ends])]
+        return Score(math.fsum(grammar().nats_of(text) for text in texts), len(tokens))
+
+
+def test_who_knows_the_distribution_has_no_excess():
+    figures = evaluate_texts(Knowing(), {}, [tale.text for tale in TALES], Bytes())
+    assert figures.limit_nats == pytest.approx(math.fsum(tale.nats for tale in TALES), rel=1e-12)
+    assert figures.excess_nats_per_document == pytest.approx(0, abs=1e-9)
+    assert figures.excess_percent == pytest.approx(0, abs=1e-9)
+
+
+def test_the_excess_by_hand(evaluator, params):
+    uniform = jax.tree.map(jnp.zeros_like, params)
+    figures = evaluate_texts(evaluator, uniform, [tale.text for tale in TALES[:2]], Bytes())
+    limit = TALES[0].nats + TALES[1].nats
+    nats = (len(TALES[0].text) + len(TALES[1].text) + 2) * math.log(257)  # separators: the ends of the tales
+    assert figures.limit_nats == pytest.approx(limit, rel=1e-12)
+    assert figures.excess_nats_per_document == pytest.approx((nats - limit) / 2, rel=1e-5)
+    assert figures.excess_percent == pytest.approx(100 * (nats / limit - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("other", ["Once.", TALES[0].text + "\n", TALES[0].text.lower()])
+def test_one_document_that_is_no_tale_leaves_no_limit(evaluator, params, other):
+    for texts in ([TALES[1].text, other], [other, TALES[1].text]):
+        figures = evaluate_texts(evaluator, params, texts, Bytes())
+        assert (figures.limit_nats, figures.excess_nats_per_document, figures.excess_percent) == (None, None, None)
 
 
 def test_a_split_costs_what_its_texts_cost(evaluator, params):

@@ -1,7 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 
-from gpt1_jax.reporting.charts import _limits, short, smoothed
+from gpt1_jax.reporting.charts import CHARTS, _limits, short, smoothed
 
 
 def test_smoothing_is_the_mean_around_each_point():
@@ -32,3 +34,15 @@ def test_limits_leave_a_lone_spike_out_and_nothing_else():
     low, high = _limits(np.append(curve, [1000, np.nan, np.inf]))
     assert low == 2 and 4 <= high < 6
     assert _limits(np.array([np.nan])) == (0, 1)
+
+
+def test_references_by_hand():
+    heights = {(chart.file, line.label): line.height for chart in CHARTS for line in chart.references}
+    final = {"limit_nats": 60.0, "tokens": 150, "bytes": 600, "xz_bits_per_byte": 1.5}
+    assert {key: height(final) for key, height in heights.items()} == {
+        ("loss", "limit"): 0.4,
+        ("perplexity", "limit"): pytest.approx(math.exp(0.4)),
+        ("bits_per_byte", "xz"): 1.5,
+        ("bits_per_byte", "limit"): pytest.approx(0.1 / math.log(2)),
+    }
+    assert all(height(final) is None for final in ({}, {"limit_nats": None}) for height in heights.values())

@@ -129,6 +129,19 @@ def test_the_page_needs_nothing_beside_it(full):
     assert not re.search(r"url\(|@import", page.text)
 
 
+def test_a_limit_is_a_row_and_a_line(tmp_path):
+    figures = {"step": 120, "split": "validation", "tokens": 1000, "bytes": 4000, "limit_nats": 1234.5,
+               "excess_nats_per_document": 3.456, "excess_percent": 4.56}  # fmt: skip
+    run = make_run(tmp_path / "run")
+    without = {path: path.read_bytes() for path in write_report([run]).with_suffix("").iterdir()}
+    table = Page(write_report([run], final=figures)).table
+    assert table["Limit of the validation loss, nats per token"] == ["1.2345"]
+    assert table["Excess over the limit"] == ["4.6 %"]
+    assert table["Excess over the limit, nats per document"] == ["3.46"]
+    changed = {path.name.partition("_by_")[0] for path, picture in without.items() if path.read_bytes() != picture}
+    assert changed == {"loss", "perplexity", "bits_per_byte"}
+
+
 def test_samples_are_escaped(full):
     page = Page(full)
     assert "<script" not in page.text

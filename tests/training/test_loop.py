@@ -18,7 +18,8 @@ from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.errors import DivergedError, Interrupted, UserError
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer
+from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
+from gpt1_jax.text.tokenizer import read_tokenizer
 from gpt1_jax.training import loop
 from gpt1_jax.training.checkpoint import Checkpoints
 from gpt1_jax.training.mesh import make_mesh
@@ -51,7 +52,7 @@ class Runner:
 
     def __init__(self, yaml: str, runs_dir: Path, corpus: Corpus):
         self.yaml, self.runs_dir, self.corpus = yaml, runs_dir, corpus
-        self.tokenizer = SentencePieceTokenizer.from_file(corpus.tokenizer_file)
+        self.tokenizer = read_tokenizer(corpus.tokenizer_file)
         self.run_dir = runs_dir / "run"
 
     def config(self, *overrides: str) -> Config:
@@ -187,7 +188,7 @@ def test_another_tokenizer_or_corpus_is_refused(runner):
             return super().to_bytes() + b"\0"
 
     with pytest.raises(UserError, match="its tokenizer is not the one"):
-        runner.train(tokenizer=Other.from_file(runner.corpus.tokenizer_file))
+        runner.train(tokenizer=Other(runner.corpus.tokenizer_file.read_bytes()))
     other = copy.copy(runner.corpus)
     other.manifest = runner.corpus.manifest.model_copy(update={"fingerprint": "0" * 16})
     with pytest.raises(UserError, match=f"fingerprint {runner.corpus.manifest.fingerprint}, this one has {'0' * 16}"):

@@ -1,0 +1,108 @@
+"""What surrounds the training of a run: its figures on the way, and at its end the evaluation, samples and report."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gpt1_jax.config import Config
+from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.manifest import Split
+from gpt1_jax.data.prepare import read_documents
+from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.evaluation.figures import Figures, evaluate_split
+from gpt1_jax.evaluation.perplexity import Evaluator
+from gpt1_jax.generation.decode import generate
+from gpt1_jax.generation.sampling import Sampling
+from gpt1_jax.reporting.records import EVALUATION, SAMPLES, Record, read_final, read_samples
+from gpt1_jax.reporting.report import write_report
+from gpt1_jax.training.loop import Evaluate
+from gpt1_jax.training.run import Run, open_run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run at its end.
+
+    Attributes:
+        run: opened.
+        final: its figures on the validation split, and the step that they are of.
+        samples: completions of ``evaluation.prompts``; none of a masked model, which cannot continue a text.
+        report: the page.
+    """
+
+    run: Run
+    final: Record
+    samples: list[Record]
+    report: Path
+
+
+def validation_figures(config: Config, corpus: Corpus, mesh: Mesh) -> Evaluate:
+    """What evaluates the validation split while training: loss in nats per token, perplexity, bits per byte."""
+    evaluator = Evaluator(config, mesh, corpus.manifest.separator_id)
+    counts = corpus.manifest.splits["validation"]
+    stream = corpus.tokens("validation")
+
+    def figures(params: Any) -> dict[str, float]:
+        score = evaluator(params, stream, config.evaluation.max_tokens)
+        loss = score.nats / score.tokens
+        if score.pseudo:
+            return {"validation_loss": loss, "validation_pseudo_perplexity": score.perplexity}
+        return {
+            "validation_loss": loss,
+            "validation_perplexity": score.perplexity,
+            # Tokens per byte of the whole split, so that the figure is exact where all of it was evaluated.
+            "validation_bits_per_byte": loss / math.log(2) * counts.tokens / counts.bytes,
+        }
+
+    return figures
+
+
+def split_figures(run: Run, corpus: Corpus, split: Split) -> Figures:
+    """The figures of a whole split of the corpus that a run was trained on."""
+    evaluator = Evaluator(run.config, run.mesh, run.tokenizer.separator_id)
+    texts = (text for text, _ in read_documents(corpus.folder, split))
+    return evaluate_split(evaluator, run.params, corpus.tokens(split), texts, split)
+
+
+def finish(path: Path, corpus: Corpus, mesh: Mesh) -> Finished:
+    """Evaluates a trained run, samples from it and writes its report.
+
+    What a finished run already has is read, not made again.
+    """
+    page = path / "report.html"
+    run = open_run(path, mesh)
+    final = read_final(path)
+    if final.get("step") == run.step and page.exists():
+        return Finished(run, final, read_samples(path), page)
+    final = {"step": run.step, **dataclasses.asdict(split_figures(run, corpus, "validation"))}
+    samples = list(_samples(run))
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    write_atomically(path / SAMPLES, "".join(lines).encode())
+    write_report([path], final=final)
+    write_atomically(path / EVALUATION, json.dumps(final).encode() + b"\n")  # last: it says that all is done
+    return Finished(run, final, samples, page)
+
+
+def _samples(run: Run) -> Iterator[Record]:
+    if run.config.model.objective == "masked":
+        return
+    prompts = run.config.evaluation.prompts
+    encoded = [run.tokenizer.encode(prompt) for prompt in prompts]
+    completions = generate(
+        run.config,
+        run.params,
+        encoded,
+        sampling=Sampling(temperature=0.8, top_k=40),
+        max_tokens=run.config.evaluation.sample_tokens,
+        seed=run.config.seed,
+        separator_id=run.tokenizer.separator_id,
+    )
+    for prompt, ids, completion in zip(prompts, encoded, completions, strict=True):
+        text = run.tokenizer.decode([*ids, *completion.tokens])
+        yield {"step": run.step, "prompt": prompt, "completion": text[len(run.tokenizer.decode(ids)) :]}

@@ -1,0 +1,1 @@
+"""Weights, tokenizers and programs for other software, and theirs for us."""

@@ -1,0 +1,144 @@
+"""Safetensors files: written one tensor at a time, opened without reading the tensors.
+
+The layout of a file: eight bytes that hold the length of the header, little-endian; the header, JSON, padded with
+spaces; the tensors, little-endian, one after the other (https://huggingface.co/docs/safetensors).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gpt1_jax.errors import DamagedError, UserError
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16")
+_ALIGNMENT = 8  # bytes, of the first tensor
+
+
+def write_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
+) -> list[str]:
+    """Writes float32 tensors as one file, or as shards with an index where one would be above ``max_bytes``.
+
+    Args:
+        folder: where to.
+        shapes: of every tensor, in the order of ``tensors``.
+        tensors: drawn one at a time, so that the whole model need not be in memory.
+        max_bytes: of the tensors of one file, unless a single one has more.
+
+    Returns:
+        The names of the files with tensors.
+    """
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        if shards[-1] and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    count = len(shards)
+    names = [MODEL] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    source = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, source)
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    # transformers refuses a file whose metadata does not name a framework.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=False):
+            assert (name, tensor.shape) == (expected, shape), (name, tensor.shape, expected, shape)
+            file.write(np.ascontiguousarray(tensor, "<f4").data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Weights:
+    """The tensors of a model's safetensors files, by name; opening reads the headers alone.
+
+    Args:
+        folder: that holds ``model.safetensors``, or shards and their index.
+
+    Raises:
+        UserError: if there are no such files.
+        DamagedError: if one is missing, truncated or altered.
+    """
+
+    def __init__(self, folder: Path):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.paths: dict[str, Path] = {}
+        for path in _files(folder):
+            try:
+                with safe_open(path, "numpy") as file:
+                    for name in file.keys():
+                        part = file.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+                        self.paths[name] = path
+            except FileNotFoundError:
+                raise DamagedError(f"{path}: this file, which {INDEX} names, is missing; fetch it again") from None
+            except SafetensorError as error:
+                raise _damaged(path, error) from None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, float32."""
+        try:
+            with safe_open(self.paths[name], "numpy") as file:
+                return file.get_tensor(name).astype(np.float32, copy=False)
+        except SafetensorError as error:
+            raise _damaged(self.paths[name], error) from None
+
+    def problems(self) -> list[str]:
+        """What is stored in a type that is not taken: one line for each tensor."""
+        return [
+            f"{name}: stored as {dtype}, expected one of {', '.join(_FLOATS)}"
+            for name, dtype in self.dtypes.items()
+            if dtype not in _FLOATS
+        ]
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / MODEL).exists():
+        return [folder / MODEL]
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError(f"it names {names}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{index}: not an index of shards: {error}; fetch it again") from None
+        return [folder / name for name in names]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise UserError(
+            f"{folder}: the weights are there as {pickled[0]} alone, a pickle, which could run any code; nothing is "
+            f"unpickled here. Fetch {MODEL} instead, or let transformers convert it: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+    raise UserError(f"{folder}: no weights here; expected {MODEL}, or shards with {INDEX}")
+
+
+def _damaged(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{path}: not a sound safetensors file: {error}; fetch it again")

@@ -1,0 +1,44 @@
+"""A folder that is there whole or not at all."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt1_jax.data.storage import locked
+from gpt1_jax.errors import UserError
+
+
+def check_new(folder: Path) -> None:
+    """Checks that nothing is in a folder that is about to be made.
+
+    Raises:
+        UserError: if something is.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already and is left as it is; give the name of a new folder, or remove it")
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside ``folder``, which takes its name when all has gone well.
+
+    What a killed process left under the hidden name is removed by the next one that makes the same folder; two that
+    make it at once take turns, and the second is refused.
+
+    Raises:
+        UserError: if there is such a folder already.
+    """
+    check_new(folder)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.with_name(f".{folder.name}.partial")
+    with locked(folder.with_name(f".{folder.name}.lock"), lambda: None):
+        check_new(folder)
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
+        try:
+            yield hidden
+            hidden.rename(folder)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
