@@ -1,10 +1,12 @@
 """What the tests share: the smallest model, and a corpus small enough to prepare in a second."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gpt1_jax.config import ModelConfig
+from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.data.corpus import Corpus
 
 
@@ -109,3 +111,22 @@ def config_file(tmp_path: Path, run_yaml: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(f"name: run\nruns_dir: {tmp_path / 'runs'}\n{run_yaml}")
     return path
+
+
+@pytest.fixture(scope="module")
+def compile_once() -> Iterator[None]:
+    """Compiles a step once for all tests of a module that make the same one."""
+    from gpt1_jax.training import loop
+
+    compiled: dict[tuple, Any] = {}
+    compile_train_step = loop.compile_train_step
+
+    def compile_or_find(config: Config, *others: Any) -> Any:
+        key = (config.model, config.train, config.optimizer)
+        if key not in compiled:
+            compiled[key] = compile_train_step(config, *others)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_train_step", compile_or_find)
+        yield

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import yaml
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt1_jax.config import CheckpointConfig, Config, EvaluationConfig, ModelConfig
 from gpt1_jax.config_file import parse_config
@@ -227,12 +228,12 @@ def _run_config(values: Mapping[str, Any], folder: Path, run_dir: Path, override
     context = values.get("train.context_length", values["model.context_length"])
     sample_tokens = max(1, min(EvaluationConfig().sample_tokens, context // 2))
     start = {**values, **fixed, "evaluation.sample_tokens": sample_tokens}
-    config = parse_config(yaml.safe_dump(_nested(start)), str(run_dir / CONFIG), overrides)
-    found = config.model_dump(mode="json")
+    config = parse_config(yaml.safe_dump(unflatten_dict(start, sep=".")), str(run_dir / CONFIG), overrides)
+    found = flatten_dict(config.model_dump(mode="json"), sep=".")
     problems = [
-        f"{key}={json.dumps(_at(found, key))}: it is {json.dumps(value)}, by the imported model or the run's path"
+        f"{key}={json.dumps(found[key])}: it is {json.dumps(value)}, by the imported model or the run's path"
         for key, value in fixed.items()
-        if _at(found, key) != value
+        if found[key] != value
     ]
     others = [departure for departure in inexpressible(config.model) if not departure.startswith("model.mlp_dim")]
     problems += [f"{departure}: imported weights have the paper's architecture" for departure in others]
@@ -297,23 +298,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _refuse(folder: Path, problems: Sequence[str]) -> None:
     if problems:
         raise UserError("\n".join([f"{folder}: cannot be imported:", *(f"  {problem}" for problem in problems)]))
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        section = root
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return root
-
-
-def _at(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values[name]
-    return values
 
 
 def _shown(shape: Sequence[int]) -> str:

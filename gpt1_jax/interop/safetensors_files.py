@@ -1,22 +1,18 @@
-"""Safetensors files: written one tensor at a time, opened without reading the tensors.
-
-The layout of a file: eight bytes that hold the length of the header, little-endian; the header, JSON, padded with
-spaces; the tensors, little-endian, one after the other (https://huggingface.co/docs/safetensors).
-"""
+"""Safetensors files: written shard by shard, opened without reading the tensors."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from gpt1_jax.errors import DamagedError, UserError
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
-_ALIGNMENT = 8  # bytes, of the first tensor
 
 
 def write_weights(
@@ -27,7 +23,7 @@ def write_weights(
     Args:
         folder: where to.
         shapes: of every tensor, in the order of ``tensors``.
-        tensors: drawn one at a time, so that the whole model need not be in memory.
+        tensors: drawn as they are needed, so that no more than one file's are in memory.
         max_bytes: of the tensors of one file, unless a single one has more.
 
     Returns:
@@ -46,32 +42,17 @@ def write_weights(
     names = [MODEL] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     source = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, source)
+        held = dict(islice(source, len(shard)))
+        assert {tensor: value.shape for tensor, value in held.items()} == shard
+        # transformers refuses a file whose metadata does not name a framework.
+        save_file(held, folder / name, metadata={"format": "pt"})
+        del held
     if count > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(4 * int(np.prod(shape)) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return names
-
-
-def _write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    # transformers refuses a file whose metadata does not name a framework.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _ALIGNMENT)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for (expected, shape), (name, tensor) in zip(shapes.items(), tensors, strict=False):
-            assert (name, tensor.shape) == (expected, shape), (name, tensor.shape, expected, shape)
-            file.write(np.ascontiguousarray(tensor, "<f4").data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Weights:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from jaxtyping import Array, Bool
 
@@ -62,7 +63,7 @@ def export_stablehlo(run: Run, out: Path, dtype: Dtype = "float32") -> list[str]
             functions["decode"] = _decode(config, run.params)
         for name, function in functions.items():
             (folder / _file(name)).write_bytes(function.exported.serialize())
-        _write_weights(folder / WEIGHTS, _flatten(run.params))
+        _write_weights(folder / WEIGHTS, flatten_dict(run.params, sep="."))
         (folder / TOKENIZER).write_bytes(run.tokenizer.to_bytes())
         manifest = _manifest(run, config, functions)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -72,7 +73,7 @@ def export_stablehlo(run: Run, out: Path, dtype: Dtype = "float32") -> list[str]
 
 def _forward(config: ModelConfig, params: Params) -> _Function:
     def forward(weights: _Flat, tokens_BT: Array) -> Array:
-        model = bind(config, _nest(weights))
+        model = bind(config, unflatten_dict(weights, sep="."))
         x_BTD, _ = model(tokens_BT, mask_BTS=_visible(config, tokens_BT.shape[1]))
         return model.logits(x_BTD)
 
@@ -88,7 +89,7 @@ def _decode(config: ModelConfig, params: Params) -> _Function:
     def decode(
         weights: _Flat, cache: _Flat, tokens_BT: Array, slot: Array, pads_B: Array
     ) -> tuple[Array, dict[str, Array]]:
-        model = bind(config, _nest(weights))
+        model = bind(config, unflatten_dict(weights, sep="."))
         slots = cache["k"].shape[2]
         slots_BT = slot + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         last_BT = slots_BT[:, -1:] if config.objective == "prefix" else slots_BT
@@ -135,26 +136,8 @@ def _visible(config: ModelConfig, length: Any) -> Bool[Array, "1 T S"]:
     return (positions_T <= positions_T[:, None])[None]
 
 
-def _flatten(tree: Any, prefix: str = "") -> _Flat:
-    flat: _Flat = {}
-    for name, node in tree.items():
-        flat |= _flatten(node, f"{prefix}{name}.") if isinstance(node, Mapping) else {prefix + name: node}
-    return flat
-
-
-def _nest(flat: _Flat) -> Params:
-    root: Params = {}
-    for name, leaf in flat.items():
-        *modules, last = name.split(".")
-        node = root
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[last] = leaf
-    return root
-
-
 def _abstract_weights(params: Params) -> _Flat:
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten(params).items()}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), flatten_dict(params, sep="."))
 
 
 def _write_weights(path: Path, weights: _Flat) -> None:
@@ -196,7 +179,7 @@ def _manifest(run: Run, config: ModelConfig, functions: Mapping[str, _Function])
             name: {"file": _file(name), "does": f.does, "arguments": arguments(f), "results": results(f)}
             for name, f in functions.items()
         },
-        "weights": {name: described(leaf) for name, leaf in _flatten(run.params).items()},
+        "weights": {name: described(leaf) for name, leaf in flatten_dict(run.params, sep=".").items()},
     }
 
 
@@ -232,6 +215,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
 manifest = json.loads(Path("manifest.json").read_text())

@@ -1,6 +1,7 @@
 """A folder that is there whole or not at all."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,16 @@ def staged(folder: Path) -> Iterator[Path]:
         hidden.mkdir()
         try:
             yield hidden
+            for path in hidden.rglob("*"):
+                _flush(path)  # or a machine that fails could leave empty files under the final name
             hidden.rename(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,6 @@
 """What a window of text gives the model to learn: which tokens it reads, which it predicts, and what it may see.
 
-Shapes: B batch, T position, S key position.
+Shapes: B batch, W window, one token longer than T position, S key position.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Task(NamedTuple):
     mask_BTS: Bool[Array, "B T S"] | None
 
 
-def make_task(config: ModelConfig, tokens_BT: Int[Array, "B T+1"], key: Key[Array, ""]) -> Task:
+def make_task(config: ModelConfig, tokens_BT: Int[Array, "B W"], key: Key[Array, ""]) -> Task:
     """The predictions that ``model.objective`` asks for.
 
     - ``causal``: the next token at every position (paper, Eq. 1).

@@ -75,9 +75,7 @@ class GPT(nnx.Module):
         x_BTD = self.embedding(tokens_BT, positions_BT, embedding_key)
         definition, stack = nnx.split(self.blocks)
 
-        def layer(
-            x_BTD: Array, cache: KVCache | None, params: nnx.State, index: Array | int
-        ) -> tuple[Array, KVCache | None]:
+        def layer(x_BTD: Array, cache: KVCache | None, params: Any, index: Array | int) -> tuple[Array, KVCache | None]:
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             block = nnx.merge(definition, params)
             return block(x_BTD, positions_BT, mask_BTS=mask_BTS, cache=cache, layer=index, slot=slot, dropout_key=key)

@@ -3,11 +3,11 @@
 import base64
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
+from flax.traverse_util import flatten_dict
 
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import UserError
@@ -129,14 +129,7 @@ def _duration(seconds: float | None) -> str | None:
 
 def _differences(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
     """The keys of the configuration in which the runs differ, and their values."""
-    columns = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    columns = [flatten_dict(run.config.model_dump(mode="json"), sep=".") for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [(key, [str(column.get(key, "")) for column in columns]) for key in keys if key != "name"]
     return [row for row in rows if len(set(row[1])) > 1]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

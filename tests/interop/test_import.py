@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.errors import DamagedError, UserError
@@ -297,21 +296,7 @@ def test_the_authors_release_takes_the_same_way(run, tmp_path, monkeypatch):
         import_run(tmp_path, tmp_path / "other", ["model.num_heads=3"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once() -> Iterator[None]:
-    """Compiles the step once for the runs of these tests, which differ in their names alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        compiled: dict[tuple, Any] = {}
-        compile_train_step = loop.compile_train_step
-
-        def compile_or_find(config: Config, *others: Any) -> Any:
-            key = (config.model, config.train, config.optimizer)
-            if key not in compiled:
-                compiled[key] = compile_train_step(config, *others)
-            return compiled[key]
-
-        patch.setattr(loop, "compile_train_step", compile_or_find)
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture

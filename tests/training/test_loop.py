@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,7 @@ QUICK = ["model.dtype=float32", "model.num_layers=1", "model.scan_layers=true", 
 QUICK += ["model.attention_dropout=0.0", "checkpoint.every=100", "evaluation.every=100"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once() -> Iterator[None]:
-    """Compiles a step once for all tests that make the same one."""
-    compiled: dict[tuple, Any] = {}
-    compile_train_step = loop.compile_train_step
-
-    def compile_or_find(config: Config, *others: Any) -> Any:
-        key = (config.model, config.train, config.optimizer)
-        if key not in compiled:
-            compiled[key] = compile_train_step(config, *others)
-        return compiled[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_train_step", compile_or_find)
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 class Runner:
