@@ -16,7 +16,7 @@ train: .venv/.installed ## prepare the embedded corpus, train a small GPT-1 on i
 	@$(BIN)/gpt1 train $(CONFIG)
 
 test: .venv/.installed-test ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.installed-check ## lint, format, types, and the direction of imports
 	@$(BIN)/ruff check .
