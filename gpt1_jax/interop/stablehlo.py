@@ -215,7 +215,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
 manifest = json.loads(Path("manifest.json").read_text())
