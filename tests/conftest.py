@@ -1,8 +1,9 @@
 """What the tests share: the smallest model, and a corpus small enough to prepare in a second."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -111,6 +112,30 @@ def config_file(tmp_path: Path, run_yaml: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(f"name: run\nruns_dir: {tmp_path / 'runs'}\n{run_yaml}")
     return path
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def gpt1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs a command in this process, which has done its imports."""
+    from gpt1_jax import cli
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gpt1", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Result(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")

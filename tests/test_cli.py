@@ -5,55 +5,29 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-
-from gpt1_jax import cli
 
 COMMANDS = ["prepare", "train", "evaluate", "generate", "export", "import", "report"]
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def in_a_process(folder: Path, *arguments: str) -> Result:
+def in_a_process(folder: Path, *arguments: str) -> Any:
     command = [sys.executable, "-W", "error", "-m", "gpt1_jax", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-Gpt1 = Callable[..., Result]
-
-
-@pytest.fixture
-def gpt1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gpt1:
-    """Runs a command in this process, which has done its imports."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["gpt1", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
 @dataclass
 class Pipeline:
     folder: Path
     run: Path
-    prepare: Result
-    prepare_again: Result
-    train: Result
+    prepare: Any
+    prepare_again: Any
+    train: Any
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +135,7 @@ def test_report(trained, gpt1, tmp_path):
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
-def refused(result: Result, *told: str) -> None:
+def refused(result: Any, *told: str) -> None:
     assert result.code == 2, result
     assert result.out == ""
     assert "Traceback" not in result.err

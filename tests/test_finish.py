@@ -2,29 +2,13 @@
 
 import errno
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt1_jax import cli
 from gpt1_jax.reporting import report
 from gpt1_jax.training import loop
-
-
-@pytest.fixture
-def gpt1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process; returns its exit code and what it printed."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpt1", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return command
 
 
 @pytest.fixture(autouse=True)

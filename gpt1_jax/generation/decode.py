@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int, Key
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.generation.sampling import Sampling, sample
-from gpt1_jax.model.attention import KVCache
+from gpt1_jax.model.attention import KVCache, cache_mask
 from gpt1_jax.model.transformer import Params, bind
 
 _SMALLEST = 16  # prompts and caches are padded to a power of two, at least this, so that few shapes are compiled
@@ -181,7 +181,7 @@ def _prefill(
     _, cache = model(
         tokens_BP[:, :count],
         positions_BT=jnp.maximum(slots_BT - pads_B[:, None], 0),
-        mask_BTS=_visible(jnp.full_like(slots_BT, width - 1) if prefix else slots_BT, pads_B, slots),
+        mask_BTS=cache_mask(jnp.full_like(slots_BT, width - 1) if prefix else slots_BT, pads_B, slots),
         cache=model.empty_cache(batch_size, slots),
         slot=jnp.int32(0),
     )
@@ -219,7 +219,7 @@ def _decode(
         x_BTD, cache = model(
             state.token_B[:, None],
             positions_BT=position_B[:, None],
-            mask_BTS=_visible(jnp.full_like(position_B, state.slot)[:, None], state.pads_B, slots),
+            mask_BTS=cache_mask(jnp.full_like(position_B, state.slot)[:, None], state.pads_B, slots),
             cache=state.cache,
             slot=state.slot,
         )
@@ -233,12 +233,6 @@ def _decode(
 
     new_BC = jnp.full((state.token_B.shape[0], chunk), separator_id, jnp.int32)
     return jax.lax.while_loop(unfinished, step, (state, new_BC, jnp.int32(0)))
-
-
-def _visible(slots_BT: Array, pads_B: Array, slots: int) -> Bool[Array, "B T S"]:
-    """Each query sees the slots from its row's first real token to its own."""
-    slots_S = jnp.arange(slots)
-    return (slots_S >= pads_B[:, None, None]) & (slots_S <= slots_BT[..., None])
 
 
 def _pad(prompts: Sequence[np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

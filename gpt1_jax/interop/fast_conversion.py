@@ -38,25 +38,24 @@ def fast_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     return converted
 
 
-def tokenizer_config(tokenizer: Tokenizer, model_max_length: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int) -> dict[str, Any]:
     """What tokenizer_config.json must say for transformers to read that tokenizer.json to the same tokens.
 
     The class must be named, or the one of ``openai-gpt`` is taken, which lower-cases; so must the inputs, or some
     versions add ``token_type_ids``, which that model embeds.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: of that tokenizer.json.
         model_max_length: the context, in tokens.
     """
-    fast = FastTokenizer(fast_tokenizer_json(tokenizer))
-    separator = fast.token(fast.separator_id)
+    separator = tokenizer.token(tokenizer.separator_id)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
         "bos_token": separator,  # a document begins where another ends
         "eos_token": separator,
-        "unk_token": fast.unknown or separator,
+        "unk_token": tokenizer.unknown or separator,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }

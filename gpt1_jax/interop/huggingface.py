@@ -13,9 +13,10 @@ from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_conf
 from gpt1_jax.interop.layout import PREFIX, inexpressible, public_shapes, public_tensors
 from gpt1_jax.interop.model_card import model_card
 from gpt1_jax.interop.safetensors_files import write_weights
-from gpt1_jax.interop.staging import check_new, staged
+from gpt1_jax.interop.staging import staged
 from gpt1_jax.model.layers import INIT_STD, NORM_EPSILON
-from gpt1_jax.text.tokenizer import SentencePieceTokenizer
+from gpt1_jax.text.fast_tokenizer import FastTokenizer
+from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 from gpt1_jax.training.run import Run
 
 CONFIG, TOKENIZER, OWN_TOKENIZER = "config.json", "tokenizer.json", "tokenizer.model"
@@ -38,10 +39,9 @@ def export_huggingface(run: Run, out: Path, figures: Mapping[str, Any], max_shar
     Raises:
         UserError: if the folder is not empty, or the public class cannot be this model; before anything is written.
     """
-    check_new(out)
     check_expressible(run)
     tokenizer_json = fast_tokenizer_json(run.tokenizer)
-    tokenizer_settings = tokenizer_config(run.tokenizer, run.config.context_length)
+    tokenizer_settings = tokenizer_config(FastTokenizer(tokenizer_json), run.config.context_length)
     special = {key: tokenizer_settings[key] for key in _SPECIAL_TOKENS if tokenizer_settings.get(key)}
     shapes = {PREFIX + name: shape for name, shape in public_shapes(run.config.model).items()}
     with staged(out) as folder:

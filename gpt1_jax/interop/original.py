@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt1_jax.config import ModelConfig
 from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.interop.layout import POSITIONS, PREFIX, TOKENS, public_shapes
 from gpt1_jax.interop.original_tokenizer import original_tokenizer
 from gpt1_jax.text.tokenizer import Tokenizer
 
@@ -111,27 +113,12 @@ def _expected(found: list[tuple[int, ...]], layers: int) -> dict[str, tuple[int,
     """What the shapes must be, the sizes taken from the embeddings and from the first MLP."""
     context, width = found[0]
     inner = found[8][-1]
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.positions_embed.weight": (context, width),
-        "transformer.tokens_embed.weight": (found[1][0], width),
-    }
-    for layer in range(layers):
-        block = f"transformer.h.{layer}."
-        shapes |= {
-            f"{block}attn.c_attn.weight": (1, width, 3 * width),
-            f"{block}attn.c_attn.bias": (3 * width,),
-            f"{block}attn.c_proj.weight": (1, width, width),
-            f"{block}attn.c_proj.bias": (width,),
-            f"{block}ln_1.weight": (width,),
-            f"{block}ln_1.bias": (width,),
-            f"{block}mlp.c_fc.weight": (1, width, inner),
-            f"{block}mlp.c_fc.bias": (inner,),
-            f"{block}mlp.c_proj.weight": (1, inner, width),
-            f"{block}mlp.c_proj.bias": (width,),
-            f"{block}ln_2.weight": (width,),
-            f"{block}ln_2.bias": (width,),
-        }
-    return shapes
+    sizes = {"context_length": context, "vocab_size": found[1][0], "num_layers": layers}
+    public = public_shapes(ModelConfig(embed_dim=width, num_heads=1, mlp_dim=inner, **sizes))
+    # The same order as there, but for the embeddings; a layer's kernels have a leading dimension of 1.
+    embeddings = {name: public.pop(name) for name in (POSITIONS, TOKENS)}
+    layered = {name: (1, *shape) if len(shape) == 2 else shape for name, shape in public.items()}
+    return {PREFIX + name: shape for name, shape in (embeddings | layered).items()}
 
 
 def _numbers(folder: Path, pieces: list[Path], total: int) -> np.ndarray:

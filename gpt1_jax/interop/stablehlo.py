@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool
 
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.interop.staging import staged
-from gpt1_jax.model.attention import KVCache
+from gpt1_jax.model.attention import KVCache, cache_mask
 from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.training.run import Run
 
@@ -93,11 +93,10 @@ def _decode(config: ModelConfig, params: Params) -> _Function:
         slots = cache["k"].shape[2]
         slots_BT = slot + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         last_BT = slots_BT[:, -1:] if config.objective == "prefix" else slots_BT
-        slots_S = jnp.arange(slots)
         x_BTD, new = model(
             tokens_BT,
             positions_BT=jnp.maximum(slots_BT - pads_B[:, None], 0),
-            mask_BTS=(slots_S >= pads_B[:, None, None]) & (slots_S <= last_BT[..., None]),
+            mask_BTS=cache_mask(last_BT, pads_B, slots),
             cache=KVCache(cache["k"], cache["v"]),
             slot=slot,
         )

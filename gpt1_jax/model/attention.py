@@ -5,7 +5,7 @@ size.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ class KVCache(NamedTuple):
 
     k_LBSKH: Float[Array, "L B S K H"]
     v_LBSKH: Float[Array, "L B S K H"]
+
+
+def cache_mask(last_BT: Int[Array, "B T"], pads_B: Int[Array, " B"], slots: Any) -> Bool[Array, "B T S"]:
+    """Which slots of a cache each query sees: from its row's first real token to ``last_BT``.
+
+    Args:
+        last_BT: the last slot that each query sees.
+        pads_B: slots of padding on the left of each row.
+        slots: of the cache; a number, or a symbolic dimension where a step is exported for any size.
+    """
+    slots_S = jnp.arange(slots)
+    return (slots_S >= pads_B[:, None, None]) & (slots_S <= last_BT[..., None])
 
 
 def dot_product_attention(

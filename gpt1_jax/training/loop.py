@@ -21,7 +21,7 @@ from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.progress import Progress
 from gpt1_jax.training.recorder import Recorder
 from gpt1_jax.training.run import check_run, write_config
-from gpt1_jax.training.state import TrainState, abstract_state, init_state, init_state_with
+from gpt1_jax.training.state import TrainState, abstract_state, init_state
 from gpt1_jax.training.step import compile_train_step
 
 # From the weights to the figures that metrics.jsonl gets.
@@ -130,7 +130,7 @@ def _restored(
 ) -> TrainState:
     abstract = abstract_state(config, optimizer, mesh)
     if files.corpus is None:  # imported: weights alone
-        return init_state_with(config, optimizer, mesh, checkpoints.restore_params(step, abstract.params))
+        return init_state(config, optimizer, mesh, checkpoints.restore_params(step, abstract.params))
     return checkpoints.restore_state(step, abstract)
 
 

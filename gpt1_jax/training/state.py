@@ -59,18 +59,24 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return jax.tree.map_with_path(placed, shapes)
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Draws the initial state, each device its own part; the values do not depend on the mesh."""
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params | None = None
+) -> TrainState:
+    """The initial state, each device its own part; the values do not depend on the mesh.
+
+    Args:
+        config: the run.
+        optimizer: of the run.
+        mesh: the devices.
+        params: weights, donated, to begin with in the place of drawn ones.
+    """
     layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    return jax.jit(lambda: new_state(config, optimizer), out_shardings=layouts)()
 
-
-def init_state_with(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
-    """The initial state with the given weights, which are donated, in the place of drawn ones."""
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-
-    def state(params: Params) -> TrainState:
-        drawn = new_state(config, optimizer)  # what is replaced is never computed
+    def state(params: Params | None) -> TrainState:
+        drawn = new_state(config, optimizer)
+        if params is None:
+            return drawn
+        # What is replaced is never computed.
         return dataclasses.replace(drawn, params=params, opt_state=optimizer.init(params))
 
     return jax.jit(state, donate_argnums=0, out_shardings=layouts)(params)
