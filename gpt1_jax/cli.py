@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from etils import epath
 
-from gpt1_jax.data.storage import FAULTS
-from gpt1_jax.errors import GPT1Error, StorageError, UserError
+from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
+from gpt1_jax.data.storage import is_remote, storage_fault
+from gpt1_jax.data_commands import data_app
+from gpt1_jax.errors import GPT1Error, UserError
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
 if TYPE_CHECKING:
-    from gpt1_jax.data.collect import Progress
-    from gpt1_jax.data.corpus import Corpus
+    from gpt1_jax.data.prepare import Progress
     from gpt1_jax.finish import Finished
-    from gpt1_jax.training.run import Run
 
 app = typer.Typer(
     name="gpt1",
@@ -35,12 +36,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, such as train.steps=200.")
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[
+    epath.Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.", parser=epath.Path)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 
 
 @app.command(
@@ -48,16 +48,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
     "  gpt1 prepare configs/tiny.yaml data.cleaning.min_chars=200"
 )
 def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Turn a corpus into a tokenizer and sharded, checksummed tokens. Does nothing if that is done already."""
+    """Turn a corpus into a tokenizer and sharded, checksummed tokens; of one that is there, rebuild what is damaged."""
     from gpt1_jax.config_file import load_config
     from gpt1_jax.data.manifest import read_manifest
     from gpt1_jax.data.prepare import prepare as prepare_corpus
 
-    folder = prepare_corpus(load_config(config, overrides or ()), progress=_prepare_progress())
+    settings = load_config(config, overrides or ())
+    folder = prepare_corpus(settings, progress=_prepare_progress(), check=settings.data.verify)
     manifest = read_manifest(folder)
     if as_json:
         shown = manifest.model_dump(mode="json", include={"name", "fingerprint", "vocab_size", "sources", "splits"})
-        _print_json({"path": str(folder), **shown})
+        print_json({"path": str(folder), **shown})
         return
     print(folder)
     for source in manifest.sources:
@@ -99,7 +100,8 @@ def train(
     mesh = make_mesh(settings.mesh)
     check_mesh(settings, mesh)
     check_run(settings, allow_changes)
-    corpus = Corpus(prepare_corpus(settings, progress=_prepare_progress()))
+    prepared = prepare_corpus(settings, progress=_prepare_progress())
+    corpus = Corpus(prepared, settings.data.verify, settings.data.readers)
     tokenizer = read_tokenizer(corpus.tokenizer_file)
     train_run(settings, corpus, tokenizer, mesh, validation_figures(settings, corpus, mesh), allow_changes)
     _print_finished(finish(settings.run_dir, corpus, mesh), as_json)
@@ -124,7 +126,7 @@ def evaluate(
     """Perplexity per token and per word, and bits per byte beside xz, each token counted once."""
     from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
     from gpt1_jax.evaluation.perplexity import Evaluator
-    from gpt1_jax.finish import split_figures
+    from gpt1_jax.finish import corpus_of, split_figures
     from gpt1_jax.training.run import open_run
 
     if text and split:
@@ -139,10 +141,10 @@ def evaluate(
         evaluator = Evaluator(config, opened.mesh, opened.tokenizer.separator_id)
         figures = evaluate_texts(evaluator, opened.params, read_texts(text), opened.tokenizer)
     else:
-        figures = split_figures(dataclasses.replace(opened, config=config), _corpus_of(opened), split or "validation")
+        figures = split_figures(dataclasses.replace(opened, config=config), corpus_of(opened), split or "validation")
     shown = dataclasses.asdict(figures)
     if as_json:
-        _print_json(shown)
+        print_json(shown)
     else:
         _print_figures(shown)
 
@@ -176,7 +178,7 @@ def generate(
     ids = opened.tokenizer.encode(prompt)
     room = prompt_room(opened.config, tokens)
     if len(ids) > room:
-        _say(f"warning: the prompt has {len(ids)} tokens, the context has room for {room}: its beginning is cut off")
+        say(f"warning: the prompt has {len(ids)} tokens, the context has room for {room}: its beginning is cut off")
     started = time.perf_counter()
     pieces = stream(
         opened.config,
@@ -199,13 +201,16 @@ def generate(
     show(rest + "\n")
     if as_json:
         seconds = time.perf_counter() - started
-        _print_json({"prompt": prompt, "completion": completion + rest, "tokens": count, "seconds": seconds})
+        print_json({"prompt": prompt, "completion": completion + rest, "tokens": count, "seconds": seconds})
 
 
 @app.command(epilog="Examples:\n\n  gpt1 report runs/tiny\n\n  gpt1 report runs/tiny runs/wide --out comparison.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
-    out: Annotated[Path | None, typer.Option(help="The page to write; by default report.html in the run.")] = None,
+    runs: Annotated[list[epath.Path], typer.Argument(metavar="RUN...", help="Folders of runs.", parser=epath.Path)],
+    out: Annotated[
+        epath.Path | None,
+        typer.Option(help="The page to write; by default report.html in the run.", parser=epath.Path),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page, and PNGs: curves, samples, configuration; several runs side by side."""
     from gpt1_jax.reporting.report import write_report
@@ -219,7 +224,7 @@ def report(
 )
 def export(
     run: RunFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not hold anything.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make; it must not hold anything.")],
     to: Annotated[
         Literal["huggingface", "stablehlo"],
         typer.Option("--format", help="What transformers loads, or functions that plain JAX calls."),
@@ -243,14 +248,17 @@ def export(
         raise UserError(f"--dtype {dtype}: weights go to --format huggingface as they are, float32; leave it out")
     if to == "stablehlo" and max_shard_size:
         raise UserError(f"--max-shard-size {max_shard_size}: --format stablehlo writes one file; leave it out")
+    if is_remote(out):
+        raise UserError(f"OUT {out}: a run is exported to this machine; give a local folder, and copy it from there")
     shard_bytes = _bytes(max_shard_size or "5GB", "--max-shard-size")
-    check_new(out)
+    folder = Path(out)
+    check_new(folder)
     opened = open_run(run)
     if to == "huggingface":
-        files = export_huggingface(opened, out, read_final(run), shard_bytes)
+        files = export_huggingface(opened, folder, read_final(run), shard_bytes)
         made = f"weights in {len(files)} file(s)"
     else:
-        made = " and ".join(export_stablehlo(opened, out, dtype or "float32"))
+        made = " and ".join(export_stablehlo(opened, folder, dtype or "float32"))
     print(f"{out}: step {opened.step:,} of {run}, {made}; {out}/README.md says how to use it")
 
 
@@ -263,7 +271,9 @@ def import_(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A model as transformers writes it, or the authors' release.")
     ],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run to make, such as runs/gpt1.")],
+    run: Annotated[
+        epath.Path, typer.Argument(metavar="RUN", help="The run to make, such as runs/gpt1.", parser=epath.Path)
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Make a run of a GPT-1 that was trained elsewhere: it evaluates, generates, fine-tunes and trains on."""
@@ -287,25 +297,6 @@ def _bytes(text: str, option: str) -> int:
     return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
 
 
-def _corpus_of(run: "Run") -> "Corpus":
-    """The corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed."""
-    from gpt1_jax.data.corpus import Corpus
-
-    if run.corpus is None:
-        raise UserError(
-            f"{run.path}: this run was imported, so it has no corpus yet; evaluate text files with --text FILE, or "
-            f"train it with 'gpt1 train {run.path}/config.yaml'"
-        )
-    root = Path(run.config.data.root)
-    folders = list(root.glob(f"*-{run.corpus}"))
-    if not folders:
-        raise UserError(
-            f"{root}: the corpus of {run.path} (fingerprint {run.corpus}) is not here; "
-            "run from the folder that it was trained from, or evaluate text files with --text FILE"
-        )
-    return Corpus(folders[0])
-
-
 def _prepare_progress() -> "Progress":
     """Says which stage the preparation is in, and every few seconds how far."""
     last = ("", 0.0)
@@ -316,7 +307,7 @@ def _prepare_progress() -> "Progress":
         if stage != last[0] or now - last[1] > 5:
             last = (stage, now)
             of = f" of {total:,}" if total else ""
-            _say(f"prepare: {stage}" + (f" ({done:,}{of})" if done else ""))
+            say(f"prepare: {stage}" + (f" ({done:,}{of})" if done else ""))
 
     return show
 
@@ -326,7 +317,7 @@ def _print_finished(finished: "Finished", as_json: bool) -> None:
     run, path = finished.run, finished.run.path
     sample = finished.samples[0] if finished.samples else None
     if as_json:
-        _print_json({"run": str(path), **finished.final, "sample": sample, "report": str(finished.report)})
+        print_json({"run": str(path), **finished.final, "sample": sample, "report": str(finished.report)})
         return
     print(f"\n{path} is trained: {run.step:,} steps.\n")
     _print_figures(finished.final)
@@ -359,24 +350,17 @@ def _print_figures(figures: Mapping[str, Any]) -> None:
         print(f"  limit            {figures['limit_nats']:,.1f} nats; excess {excess}")
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Runs a command and exits with the code that scripts rely on."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax explains itself at length
     try:
         app()
     except GPT1Error as error:
-        _say(f"gpt1: {error}")
+        say(f"gpt1: {error}")
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in FAULTS:
+    except Exception as error:
+        fault = storage_fault(error)
+        if fault is None:
             raise
-        _say(f"gpt1: {error}; make room, get access or write elsewhere, and run the same command again")
-        sys.exit(StorageError.exit_code)
+        say(f"gpt1: {fault}")
+        sys.exit(fault.exit_code)

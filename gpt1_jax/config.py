@@ -5,12 +5,16 @@ A YAML file lists only what differs from the defaults; config_file.py reads it. 
 authors' fine-tuning code (openai/finetune-transformer-lm).
 """
 
-from pathlib import Path
-from typing import Annotated, Literal
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, PositiveInt, model_validator
+from etils import epath
+from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -91,11 +95,48 @@ class ModelConfig(Section):
         return self
 
 
+def _step(key: Any) -> Any:
+    """A step as the key of a mapping, which in JSON is a word; one spelling only, so that no two are the same step."""
+    if isinstance(key, str):
+        if not re.fullmatch(r"0|[1-9]\d*", key):
+            raise PydanticCustomError("step", "the keys of a schedule are steps, whole numbers from 0")
+        return int(key)
+    return key
+
+
+# How many times as often a source is drawn as its size alone would make it; or from each of some steps on. It acts when
+# batches are drawn, so it never changes the prepared files.
+_Step = Annotated[NonNegativeInt, BeforeValidator(_step)]
+_Schedule = dict[_Step, Annotated[float, Field(ge=0)]]
+Weight = Annotated[
+    Annotated[PositiveFloat, Tag("a number")] | Annotated[_Schedule, Tag("a schedule")],
+    Discriminator(lambda value: "a schedule" if isinstance(value, dict) else "a number"),
+]
+
+
+def weight_at(weight: float | Mapping[int, float], step: int) -> float:
+    """A weight, or what its schedule says at a step."""
+    if not isinstance(weight, Mapping):
+        return weight
+    return weight[max(begin for begin in weight if begin <= step)]
+
+
+class Quality(Section):
+    """Which documents of a source are good enough, each rule off unless asked for (docs/data.md, Quality)."""
+
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes, e.g. en; empty: any language
+    min_language_probability: Annotated[float, Field(gt=0, le=1)] = 0.65  # that it is in one of them
+    symbols: bool = False  # the rules of Gopher's authors on words, symbols and lines; for English web pages
+    repetition: bool = False  # their rules on repeated lines, paragraphs and n-grams
+    gutenberg: bool = False  # cut off the licence around the books of Project Gutenberg
+
+
 class PythonDocs(Section):
     """Documentation strings of the standard library and of the project's run-time dependencies; needs no network."""
 
     kind: Literal["python_docs"]
-    weight: PositiveFloat = 1.0
+    quality: Quality = Quality()
+    weight: Weight = 1.0
 
 
 class Stories(Section):
@@ -104,7 +145,8 @@ class Stories(Section):
     kind: Literal["stories"]
     documents: PositiveInt = 100_000
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    weight: PositiveFloat = 1.0
+    quality: Quality = Quality()
+    weight: Weight = 1.0
 
 
 class Files(Section):
@@ -113,7 +155,9 @@ class Files(Section):
     kind: Literal["files"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     text_field: str = "text"  # column or key that holds the text in .jsonl and .parquet
-    weight: PositiveFloat = 1.0
+    identity_field: str | None = None  # that names a document there, e.g. url; null: its file and line
+    quality: Quality = Quality()
+    weight: Weight = 1.0
 
 
 class Tfds(Section):
@@ -123,8 +167,10 @@ class Tfds(Section):
     dataset: str  # e.g. "wikipedia/20230601.en", or a folder that holds a built dataset
     split: str = "train"
     text_field: str = "text"
+    identity_field: str | None = None  # that names a document, e.g. title; null: its number
     data_dir: str | None = None
-    weight: PositiveFloat = 1.0
+    quality: Quality = Quality()
+    weight: Weight = 1.0
 
 
 class HuggingFace(Section):
@@ -136,12 +182,29 @@ class HuggingFace(Section):
     files: tuple[str, ...] = ()  # data files, for a builder such as "json"
     split: str = "train"
     text_field: str = "text"
-    weight: PositiveFloat = 1.0
+    identity_field: str | None = None  # that names a document, e.g. url; null: its number
+    quality: Quality = Quality()
+    weight: Weight = 1.0
 
 
-# `weight` is how many times as often a source is drawn as its size alone would make it. It acts when batches are
-# drawn, so it never changes the prepared files.
 Source = Annotated[PythonDocs | Stories | Files | Tfds | HuggingFace, Field(discriminator="kind")]
+
+
+class NearDuplicates(Section):
+    """Documents that say nearly what an earlier one says, by MinHash (gpt1_jax/text/near_duplicates.py)."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.5  # Jaccard similarity of the sets of n-grams of words
+    ngram: PositiveInt = 5  # words
+    permutations: Annotated[int, Field(ge=2)] = 128  # numbers in a signature
+
+
+class Decontamination(Section):
+    """Documents that hold a passage of an evaluation text (gpt1_jax/text/contamination.py)."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]  # the evaluation texts: files, as those of a source
+    text_field: str = "text"
+    ngram: PositiveInt = 13  # words of the shortest passage that counts
+    min_words: PositiveInt = 8  # a text with fewer than ngram words, but so many, counts as a whole
 
 
 class CleaningConfig(Section):
@@ -150,6 +213,8 @@ class CleaningConfig(Section):
     fix_unicode: bool = True  # ftfy: mojibake, broken entities (the authors ran ftfy too)
     standardize: bool = False  # the authors' `text_standardize`: ASCII punctuation, spaces around it, white space
     deduplicate: bool = True  # drop a document whose text has been seen before, in any source
+    near_duplicates: NearDuplicates | None = None  # drop what is nearly an earlier document; null: keep it
+    decontaminate: Decontamination | None = None  # drop what holds evaluation texts; null: keep it
     min_chars: PositiveInt = 32  # after cleaning; a shorter document is dropped
     max_chars: PositiveInt = 10_000_000  # before and after cleaning; a longer document is dropped
     on_invalid: Literal["skip", "error"] = "skip"  # undecodable, binary or malformed input: count and go on, or stop
@@ -185,8 +250,41 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of the documents, chosen by their hash
     shard_tokens: PositiveInt = 100_000_000  # most tokens in one .tokens file, unless one document has more
+    engine: Literal["local", "beam"] = "local"  # what prepares: this machine's processes, or a Beam runner
+    beam_options: tuple[str, ...] = ()  # of the Beam pipelines, e.g. --runner=DataflowRunner
     workers: PositiveInt | None = None  # processes that clean and encode; null: one for each core
+    windows: Literal["contiguous", "packed"] = "contiguous"  # packed: documents in a window do not see each other
     prefetch: PositiveInt = 2  # batches held on the devices ahead of the step
+    verify: bool = True  # check every shard's SHA-256 when it is first opened; false on trusted storage
+    readers: NonNegativeInt = 0  # threads that read windows at once beside the loader's
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> "DataConfig":
+        if self.beam_options and self.engine != "beam":
+            raise ValueError(
+                f"data.beam_options={json.dumps(self.beam_options)} does nothing with data.engine={self.engine}; "
+                "set data.engine=beam, or leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules(self) -> "DataConfig":
+        weights = [source.weight for source in self.sources]
+        problems = [
+            f"data.sources.{number}.weight={json.dumps(weight)}: a schedule begins at step 0; add a weight for it"
+            for number, weight in enumerate(weights)
+            if isinstance(weight, dict) and 0 not in weight
+        ]
+        if not problems:
+            problems += [
+                f"data.sources.0.weight={json.dumps(weights[0])}: from step {step} on every source has weight 0; "
+                "give one of them a weight above 0 there"
+                for step in sorted({step for weight in weights if isinstance(weight, dict) for step in weight})
+                if not any(weight_at(weight, step) for weight in weights)
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class TrainConfig(Section):
@@ -284,9 +382,9 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def run_dir(self) -> Path:
-        """Folder of the run."""
-        return Path(self.runs_dir) / self.name
+    def run_dir(self) -> epath.Path:
+        """Folder of the run, local or in a bucket."""
+        return epath.Path(self.runs_dir) / self.name
 
     @property
     def context_length(self) -> int:

@@ -2,13 +2,14 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
 import yaml
+from etils import epath
 
 from gpt1_jax.config import Config, Files, HuggingFace, PythonDocs, Stories, Tfds
 from gpt1_jax.errors import UserError, nearest
@@ -33,13 +34,14 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|fals
 # A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
 _Path = tuple[Hashable, ...]
 _COMMAND_LINE = "command line"
+_SOURCES = ("data", "sources")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration file and dotted overrides.
 
     Args:
-        path: YAML file that lists what differs from the defaults.
+        path: YAML file that lists what differs from the defaults, local or in a bucket.
         overrides: ``section.key=value`` each, the value in YAML; a later one wins.
 
     Returns:
@@ -48,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: with every problem of the file and of the overrides in one message.
     """
-    path = Path(path)
+    path = epath.Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -69,6 +71,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
         raise UserError(f"{source}: expected keys such as 'model:' at the top, found {_shown(values)}")
     for override in overrides:
         _apply_override(values, override, origin, problems)
+    _expand_recipes(values, origin, problems)
     try:
         config = Config.model_validate_json(json.dumps(values))
     except pydantic.ValidationError as error:
@@ -81,7 +84,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
     raise UserError("\n".join(problems))
 
 
-def _nearest_file(path: Path) -> str:
+def _nearest_file(path: epath.Path) -> str:
     folder = path.parent
     names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
     return nearest(path.name, names) or (f"; {folder} has: {', '.join(sorted(names))}" if names else "")
@@ -124,6 +127,9 @@ class _Builder:
         for key_node, value_node in node.value:
             key = self._loader.construct_object(key_node, deep=True)
             inner = (*path, key)
+            if type(key) is int:  # a step, in a schedule; JSON, which the values go through, has words alone
+                key = str(key)
+                inner = (*path, key)
             if not isinstance(key, str):
                 self._refuse(key_node, path, f"keys are words, found {_shown(key)}")
             elif key in result:
@@ -162,12 +168,96 @@ def _apply_override(values: dict[str, Any], override: str, origin: dict[_Path, s
     parent[path[-1]] = value
 
 
+def _expand_recipes(values: dict[str, Any], origin: dict[_Path, str], problems: list[str]) -> None:
+    """Puts, in the place of every source of kind ``recipe``, the sources of its file."""
+    data = values.get("data")
+    listed = data.get("sources") if isinstance(data, dict) else None
+    if not isinstance(listed, list) or not any(_is_recipe(source) for source in listed):
+        return
+    found = list(_with_recipes(listed, origin, problems, ()))
+    for path in [path for path in origin if path[:2] == _SOURCES and len(path) > 2]:
+        del origin[path]
+    for number, (_, where) in enumerate(found):
+        for path, line in where.items():
+            origin[(*_SOURCES, number, *path)] = line
+    values["data"]["sources"] = [source for source, _ in found]
+
+
+_Found = tuple[Any, dict[_Path, str]]  # a source, and where its keys were written
+
+
+def _with_recipes(
+    listed: list[Any], origin: Mapping[_Path, str], problems: list[str], inside: tuple[str, ...]
+) -> Iterable[_Found]:
+    """The sources of a list, those of recipes too; ``inside`` are the recipes that the list itself stands in."""
+    for number, source in enumerate(listed):
+        path = (*_SOURCES, number)
+        where = {inner[3:]: line for inner, line in origin.items() if inner[:3] == path}
+        if not _is_recipe(source):
+            yield source, where
+            continue
+        try:
+            yield from _read_recipe(source, inside, problems)
+        except UserError as error:
+            problems.append(f"{where.get(('file',), where.get((), 'sources'))}: {_dotted(path)}: {error}")
+
+
+def _read_recipe(source: dict[str, Any], inside: tuple[str, ...], problems: list[str]) -> Iterable[_Found]:
+    for key in source.keys() - {"kind", "file", "weight"}:
+        raise UserError(f"{key}: unknown key of a recipe{nearest(key, ('file', 'weight'))}; it has file and weight")
+    file, weight = source.get("file"), source.get("weight", 1.0)
+    if not isinstance(file, str):
+        raise UserError(f"file={_shown(file)}: a recipe is a YAML file, such as data/books.yaml")
+    if file in inside:
+        raise UserError(f"file={file}: the recipe is part of itself")
+    try:
+        text = epath.Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"file={file}: there is no such recipe{_nearest_file(epath.Path(file))}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"file={file}: cannot be read as a recipe: {error}") from None
+    origin: dict[_Path, str] = {}
+    recipe = _parse_yaml(text, file, origin, problems)
+    data = recipe.get("data") if isinstance(recipe, dict) and set(recipe) == {"data"} else None
+    listed = data.get("sources") if isinstance(data, dict) and set(data) == {"sources"} else None
+    if not isinstance(listed, list):
+        raise UserError(f"file={file}: a recipe holds the list data.sources, and no other key")
+    for found, where in _with_recipes(listed, origin, problems, (*inside, file)):
+        if isinstance(found, dict) and "weight" in source:
+            found = {**found, "weight": _product(weight, found.get("weight", 1.0))}
+        yield found, where
+
+
+def _is_recipe(source: Any) -> bool:
+    return isinstance(source, dict) and source.get("kind") == "recipe"
+
+
+def _product(one: Any, other: Any) -> Any:
+    """The product of two weights, numbers or schedules over steps; of what is neither, the one that is amiss."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        steps = sorted({*one, *other}, key=int)
+        return {step: _product(_at(one, step), _at(other, step)) for step in steps}
+    if isinstance(one, dict) or isinstance(other, dict):
+        schedule, weight = (one, other) if isinstance(one, dict) else (other, one)
+        return {step: _product(value, weight) for step, value in schedule.items()}
+    amiss = [weight for weight in (one, other) if isinstance(weight, bool) or not isinstance(weight, int | float)]
+    return amiss[0] if amiss else one * other
+
+
+def _at(schedule: Mapping[str, Any], step: str) -> Any:
+    begun = [begin for begin in schedule if int(begin) <= int(step)]
+    return schedule[max(begun, key=int)] if begun else 0
+
+
 def _explain(
     error: pydantic.ValidationError, values: Mapping[str, Any], source: str, origin: Mapping[_Path, str]
 ) -> Iterable[str]:
     """One line a problem: where, key, value, what is wrong, and the nearest valid key."""
-    # pydantic adds the tag of a discriminated union to the path; the file has no such level.
-    found = [(tuple(part for part in e["loc"] if part not in _SOURCE_KINDS), e) for e in error.errors()]
+    # pydantic adds the tag of a discriminated union, and a mark of keys, to the path; the file has no such levels.
+    added = {*_SOURCE_KINDS, "a number", "a schedule", "[key]"}
+    found = [(tuple(part for part in e["loc"] if part not in added), e) for e in error.errors()]
+
+    named = {_dotted(path): path for path in origin}
 
     def where(path: _Path) -> str:
         return next((origin[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origin), source)
@@ -179,8 +269,8 @@ def _explain(
                 yield f"{shown}: unknown key{_nearest_key(path, values)}"
             case "value_error":  # of our own validators, which name the keys themselves
                 for line in str(problem["ctx"]["error"]).splitlines():
-                    keys = [tuple(key.split(".")) for key in re.findall(r"([a-z_0-9.]+)=", line)]
-                    yield f"{where(next((key for key in keys if key in origin), path))}: {line}"
+                    keys = [named[key] for key in re.findall(r"([a-z_0-9.]+)=", line) if key in named]
+                    yield f"{where(keys[0] if keys else path)}: {line}"
             case "missing":
                 yield f"{where(path)}: {_dotted(path)}: required, but not given"
             case "too_short" if any(other[: len(path)] == path and other != path for other, _ in found):
@@ -204,18 +294,26 @@ def _all_keys(section: type[pydantic.BaseModel], prefix: tuple[str, ...] = ()) -
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         yield path
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from _all_keys(field.annotation, path)
+        if inner := _section_in(field.annotation):
+            yield from _all_keys(inner, path)
 
 
 def _section_at(path: _Path, values: Mapping[str, Any]) -> type[pydantic.BaseModel]:
     """The section at ``path``; for a source, the one of its kind."""
+    section: type[pydantic.BaseModel] = Config
     if path[:2] == ("data", "sources"):
-        return _SOURCE_KINDS[values["data"]["sources"][path[2]]["kind"]]
-    section: Any = Config
+        section, path = _SOURCE_KINDS[values["data"]["sources"][path[2]]["kind"]], path[3:]
     for part in path:
-        section = section.model_fields[part].annotation
+        inner = _section_in(section.model_fields[str(part)].annotation)
+        assert inner is not None  # the path leads through sections
+        section = inner
     return section
+
+
+def _section_in(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The section that a key holds, which may be optional; None for any other value."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, pydantic.BaseModel)), None)
 
 
 _SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {

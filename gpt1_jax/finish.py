@@ -5,16 +5,17 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
 from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.documents import read_documents
 from gpt1_jax.data.manifest import Split
-from gpt1_jax.data.prepare import read_documents
 from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.figures import Figures, evaluate_split
 from gpt1_jax.evaluation.perplexity import Evaluator
 from gpt1_jax.generation.decode import generate
@@ -39,7 +40,7 @@ class Finished:
     run: Run
     final: Record
     samples: list[Record]
-    report: Path
+    report: epath.Path
 
 
 def validation_figures(config: Config, corpus: Corpus, mesh: Mesh) -> Evaluate:
@@ -70,7 +71,37 @@ def split_figures(run: Run, corpus: Corpus, split: Split) -> Figures:
     return evaluate_split(evaluator, run.params, corpus.tokens(split), texts, split)
 
 
-def finish(path: Path, corpus: Corpus, mesh: Mesh) -> Finished:
+def corpus_of(run: Run) -> Corpus:
+    """The corpus that a run was trained on.
+
+    Raises:
+        UserError: if it has none, or the corpus is not there.
+    """
+    if run.corpus is None:
+        raise UserError(
+            f"{run.path}: this run was imported, so it has no corpus yet; evaluate text files with --text FILE, or "
+            f"train it with 'gpt1 train {run.path}/config.yaml'"
+        )
+    return find_corpus(run.corpus, run.config, run.path)
+
+
+def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:
+    """A corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    root = epath.Path(config.data.root)
+    folders = list(root.glob(f"*-{fingerprint}"))
+    if not folders:
+        raise UserError(
+            f"{root}: the corpus of {run} (fingerprint {fingerprint}) is not here; run from the folder that it was "
+            "trained from"
+        )
+    return Corpus(folders[0], config.data.verify, config.data.readers)
+
+
+def finish(path: epath.Path, corpus: Corpus, mesh: Mesh) -> Finished:
     """Evaluates a trained run, samples from it and writes its report.
 
     What a finished run already has is read, not made again.

@@ -147,7 +147,7 @@ def compile_once() -> Iterator[None]:
     compile_train_step = loop.compile_train_step
 
     def compile_or_find(config: Config, *others: Any) -> Any:
-        key = (config.model, config.train, config.optimizer)
+        key = (config.model, config.train, config.optimizer, config.data.windows, *others[2:])  # of the separator
         if key not in compiled:
             compiled[key] = compile_train_step(config, *others)
         return compiled[key]

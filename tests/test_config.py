@@ -2,6 +2,7 @@ import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -101,6 +102,48 @@ def test_what_contradicts_itself_is_refused(text: str, expected: list[str]):
         assert part in line
 
 
+SCHEDULE = "data:\n  sources:\n    - kind: python_docs\n    - kind: stories\n      weight: "
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"),
+    [("3", 3.0), ("{0: 1, 20_000: 0.25}", {0: 1.0, 20_000: 0.25}), ("{'0': 0, '7': 2}", {0: 0.0, 7: 2.0})],
+)
+def test_a_weight_is_a_number_or_a_schedule_and_reads_back(text: str, weight: object):
+    config = parse_config(SCHEDULE + text, "c")
+    assert config.data.sources[1].weight == weight
+    assert parse_config(config.to_yaml(), "again") == config
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert parse_config("", "c", [f"data.sources=[{{kind: stories, weight: {text}}}, {{kind: python_docs}}]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{5: 1}", 'data.sources.1.weight={"5": 1.0}: a schedule begins at step 0; add a weight for it'),
+        ("{}", "data.sources.1.weight={}: a schedule begins at step 0; add a weight for it"),
+        ("{0: -1}", "data.sources.1.weight.0=-1: input should be greater than or equal to 0"),
+        ("{0: 1, -3: 1}", 'data.sources.1.weight.-3="-3": the keys of a schedule are steps, whole numbers from 0'),
+        ("{0: 1, '07': 1}", 'data.sources.1.weight.07="07": the keys of a schedule are steps, whole numbers from 0'),
+        (
+            "{0: 1, late: 1}",
+            'data.sources.1.weight.late="late": the keys of a schedule are steps, whole numbers from 0',
+        ),
+        ("{0: 1, '0': 2}", "data.sources.1.weight.0: given twice; keep one of them"),
+        ("0", "data.sources.1.weight=0: input should be greater than 0"),
+        ("often", 'data.sources.1.weight="often": input should be a valid number'),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(text: str, expected: str):
+    assert problems(SCHEDULE + text) == [f"c.yaml:5: {expected}"]
+
+
+def test_a_phase_in_which_nothing_is_drawn_is_refused():
+    text = SCHEDULE.replace("python_docs\n", "python_docs\n      weight: {0: 1, 10: 0}\n") + "{0: 0, 5: 1, 20: 0}"
+    (line,) = problems(text)
+    assert "data.sources.0.weight=" in line and "from step 20 on every source has weight 0" in line
+
+
 def test_a_source_is_checked_by_its_kind():
     text = "data:\n  sources:\n    - kind: files\n      path: [a]\n    - kind: filse\n"
     lines = problems(text)
@@ -192,8 +235,9 @@ def sections(section: type[pydantic.BaseModel], name: str = "config") -> Iterato
     """Every section by the name of the key that holds it."""
     yield name, section
     for key, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from sections(field.annotation, key)
+        for kind in (field.annotation, *get_args(field.annotation)):  # it may be null
+            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+                yield from sections(kind, key)
 
 
 def test_every_key_is_read_somewhere():
@@ -218,3 +262,50 @@ def test_every_key_is_read_somewhere():
     read_by_config = {("optimizer", "warmup_steps"), ("config", "runs_dir"), ("config", "name")}
     axes = {("mesh", axis) for axis in ("data", "fsdp", "tensor")}  # read together, as the sizes of the mesh
     assert every - read <= read_by_config | axes
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    """A folder with a recipe of one source, one of a schedule, and one of both."""
+    (tmp_path / "tales.yaml").write_text("data:\n  sources:\n    - {kind: stories, documents: 5, weight: 2}\n")
+    (tmp_path / "late.yaml").write_text("data:\n  sources:\n    - {kind: python_docs, weight: {0: 0, 10: 3}}\n")
+    (tmp_path / "both.yaml").write_text(
+        f"data:\n  sources:\n    - {{kind: recipe, file: {tmp_path}/tales.yaml, weight: 0.5}}\n"
+        f"    - {{kind: recipe, file: {tmp_path}/late.yaml, weight: {{0: 1, 20: 0.5}}}}\n"
+    )
+    return tmp_path
+
+
+def test_recipe_is_its_sources(recipes):
+    config = parse_config(
+        f"data:\n  sources:\n    - {{kind: recipe, file: {recipes}/both.yaml, weight: 4}}\n", "c.yaml"
+    )
+    first, second = config.data.sources
+    assert (first.kind, first.documents, first.weight) == ("stories", 5, 4.0)
+    assert (second.kind, second.weight) == ("python_docs", {0: 0.0, 10: 12.0, 20: 6.0})
+    assert parse_config(config.to_yaml(), "c.yaml") == config
+    assert parse_config("", "c", [f"data.sources=[{{kind: recipe, file: {recipes}/tales.yaml}}]"]).data.sources == (
+        first.model_copy(update={"weight": 2.0}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {sources: [{kind: stories, dokuments: 1}]}", r"/r.yaml:1: data.sources.1.dokuments=1: unknown key"),
+        ("data: {sources: [{kind: stories}], workers: 2}", r"c.yaml:4: .* and no other key"),
+        ("name: x", r"c.yaml:4: .* holds the list data.sources, and no other key"),
+        ("data: {sources: [{kind: recipe, file: FILE}]}", "the recipe is part of itself"),
+        ("data: {sources: [{kind: recipe, file: nowhere/x.yaml}]}", r"r.yaml:1: .*x.yaml: there is no such recipe"),
+        ("data: {sources: [{kind: recipe}]}", "file=null: a recipe is a YAML file"),
+        ("data: {sources: [{kind: recipe, file: FILE, weigth: 1}]}", "weigth: unknown key .* did you mean 'weight'"),
+        ("data: {sources: [{kind: stories, weight: -1}]}", r"/r.yaml:1: data.sources.1.weight=-2.0: input should be"),
+        ("data: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_recipes_are_located(tmp_path, content, message):
+    file = tmp_path / "r.yaml"
+    file.write_text(content.replace("FILE", str(file)))
+    text = f"data:\n  sources:\n    - kind: stories\n    - {{kind: recipe, file: {file}, weight: 2.0}}\n"
+    with pytest.raises(UserError, match=message):
+        parse_config(text, "c.yaml")

@@ -12,7 +12,15 @@ import typer.main
 
 from gpt1_jax import errors
 from gpt1_jax.cli import app
-from gpt1_jax.config import Config, ModelConfig, OptimizerConfig, Source
+from gpt1_jax.config import (
+    Config,
+    Decontamination,
+    ModelConfig,
+    NearDuplicates,
+    OptimizerConfig,
+    Quality,
+    Source,
+)
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.evaluation.figures import Figures
 from gpt1_jax.model.transformer import num_parameters
@@ -73,7 +81,22 @@ def test_every_kind_of_source_is_documented_with_its_keys():
     documented = {words(kind)[0]: set(words(keys)) for kind, keys, _ in rows("kind", "keys", "reads")}
     models = get_args(get_args(Source)[0])
     kinds = {get_args(model.model_fields["kind"].annotation)[0]: set(model.model_fields) for model in models}
-    assert documented == {kind: keys - {"kind", "weight"} for kind, keys in kinds.items()}
+    of_every_kind = {"kind", "weight", "quality"}
+    assert documented == {kind: keys - of_every_kind for kind, keys in kinds.items()}
+
+
+@pytest.mark.parametrize("section", [Quality, NearDuplicates, Decontamination], ids=lambda section: section.__name__)
+def test_the_sections_that_may_be_left_out_are_documented_with_their_defaults(section: type[pydantic.BaseModel]):
+    name = {Quality: "quality", NearDuplicates: "near_duplicates", Decontamination: "decontaminate"}[section]
+    documented = rows(f"key of `{name}`", "default", "meaning")
+    assert sorted(key for key, _, _ in documented) == sorted(f"`{key}`" for key in section.model_fields)
+    for key, default, _ in documented:
+        field = section.model_fields[words(key)[0]]
+        assert default == "required" if field.is_required() else words(default)[0] == _shown(field.default)
+
+
+def _shown(default: Any) -> str:
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -96,9 +119,11 @@ def commands() -> list[tuple[Path, list[str]]]:
 
 @pytest.mark.parametrize(("page", "arguments"), commands(), ids=lambda value: str(value) if value else None)
 def test_every_command_parses_and_its_configuration_is_valid(page: Path, arguments: list[str], tmp_path: Path):
-    group: Any = typer.main.get_command(app)
-    name, *rest = arguments
-    parameters = group.commands[name].make_context(name, rest).params
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):  # a group
+        name, *arguments = arguments
+        command = command.commands[name]
+    parameters = command.make_context(command.name, arguments).params
     if "config" not in parameters:
         return
     path = parameters["config"]

@@ -1,74 +1,138 @@
-"""From sources to cleaned, distinct documents with their split, in files that the next stage reads."""
+"""Stage one: sources to cleaned documents, part by part, with what the next stages ask of each document.
 
-import contextlib
+Of part PPPPPP the folder holds, each written as a whole::
+
+    PPPPPP-CCCC.jsonl           the documents of chunk CCCC, in order: text, identity, source
+    PPPPPP-CCCC.columns.npy     of each document: digest, split, bytes, words
+    PPPPPP-CCCC.signatures.npy  of each document: its MinHash signature, where near-duplicates are looked for
+    PPPPPP.json                 what was read and dropped; written last, so a part that has it is complete
+"""
+
 import functools
 import hashlib
+import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import pydantic
+from etils import epath
 
 from gpt1_jax.config import CleaningConfig, DataConfig
-from gpt1_jax.data.manifest import SourceCounts, Split
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.manifest import SPLITS, Split
+from gpt1_jax.data.storage import local_copy, write_atomically
 from gpt1_jax.errors import UserError
-from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.cleaning import clean
-from gpt1_jax.text.document import DUPLICATE, FILTERS, Document, Skipped, TextSource
+from gpt1_jax.text.contamination import Contamination, load_contamination
+from gpt1_jax.text.document import CONTAMINATED, FILTERS, Document, Skipped, TextSource
+from gpt1_jax.text.near_duplicates import signature
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
-# Called with what is being done, how many units of it are done, and of how many if that is known.
-Progress = Callable[[str, int, int | None], None]
 _BATCH_CHARS = 1_000_000  # cleaned in one go
-_COUNTS = "collected.json"
+_CHUNK_BYTES = 16_000_000  # of documents in one file, and so in memory
+COLUMNS = np.dtype([("digest", "<u8", 2), ("split", "u1"), ("bytes", "<u8"), ("words", "<u8")])
 
 
-class Collected(pydantic.BaseModel):
-    """What was collected: by source, and the documents of each split by source."""
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a source that is read in one go."""
 
-    sources: tuple[SourceCounts, ...]
-    documents: dict[Split, list[int]]
-    bytes: dict[Split, int]  # UTF-8
-    words: dict[Split, int]
+    number: int  # over all sources
+    source: int
+    reader: TextSource
 
 
-def collect(
-    sources: Sequence[TextSource], config: DataConfig, folder: Path, workers: int, progress: Progress
-) -> Collected:
-    """Reads and cleans every source, once; a second call finds the result in ``folder``.
+class PartCounts(pydantic.BaseModel):
+    """What a part gave.
+
+    Attributes:
+        source: its index.
+        read: inputs, whatever became of them.
+        dropped: how many of them, by reason.
+        examples: of each reason, the first input that it dropped.
+        chunks: documents in each.
+    """
+
+    source: int
+    read: int = 0
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    chunks: list[int] = []
+
+
+class _Batch(NamedTuple):
+    part: Part
+    items: list[Document | Skipped]
+    ends_part: bool
+
+
+class _Cleaned(NamedTuple):
+    """A batch, ready to be written."""
+
+    part: Part
+    lines: list[bytes]
+    columns: np.ndarray
+    signatures: np.ndarray
+    skipped: list[Skipped]
+    ends_part: bool
+
+
+# A map that keeps the order: the built-in one, or one over processes.
+Map = Callable[[Callable[[_Batch], _Cleaned], Iterable[_Batch]], Iterator[_Cleaned]]
+
+
+def collect_parts(
+    parts: Iterable[Part], config: DataConfig, folder: epath.Path, map_batches: Map, on_read: Callable[[int], None]
+) -> None:
+    """Reads and cleans parts into files of the folder.
+
+    Args:
+        parts: in order.
+        config: how to clean them.
+        folder: of the files.
+        map_batches: what cleans the batches.
+        on_read: told how many more inputs have been read.
 
     Raises:
-        UserError: if nothing is left, a split is empty, or input is invalid and ``on_invalid`` is error.
+        UserError: if input is invalid and ``on_invalid`` is error.
     """
-    done = folder / _COUNTS
-    if done.exists():
-        return Collected.model_validate_json(done.read_text(encoding="utf-8"))
-    collector = _Collector(config, folder)
-    clean_batch = functools.partial(_clean_batch, config=config.cleaning)
-    try:
-        for source in sources:
-            counts = collector.start(source.name)
-            for results in ordered_map(clean_batch, _batches(source.read(), collector.skip), workers):
-                for result in results:
-                    collector.add(result)
-                progress(f"reading {source.name}", counts.read, None)
-    finally:
-        collector.close()
-    collected = collector.collected()
-    _check(collected, config, collector.examples)
-    write_atomically(done, collected.model_dump_json().encode())
-    return collected
+    writer: _PartWriter | None = None
+    for cleaned in map_batches(functools.partial(_clean_batch, config=config), _batches(parts)):
+        writer = writer or _PartWriter(cleaned.part, config, folder)
+        writer.add(cleaned)
+        on_read(len(cleaned.lines) + len(cleaned.skipped))
+        if cleaned.ends_part:
+            writer.close()
+            writer = None
 
 
-def collected_documents(folder: Path, split: Split) -> Iterator[dict[str, str]]:
-    """The collected documents of a split, in order: text, identity and source."""
-    with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def counts_of(part: int, folder: epath.Path) -> PartCounts:
+    """What a complete part gave."""
+    return PartCounts.model_validate_json((folder / f"{part:06}.json").read_text(encoding="utf-8"))
+
+
+def is_complete(part: int, names: set[str]) -> bool:
+    """Whether the folder, of which ``names`` are the files, has all of a part."""
+    return f"{part:06}.json" in names
+
+
+def chunk_name(part: int, chunk: int) -> str:
+    """The name that the files of a chunk begin with."""
+    return f"{part:06}-{chunk:04}"
+
+
+def read_array(path: epath.Path) -> np.ndarray:
+    """An array that was written with :func:`write_array`."""
+    return np.load(local_copy(path))
+
+
+def write_array(path: epath.Path, array: np.ndarray) -> None:
+    """Writes an array as a whole."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomically(path, buffer.getvalue())
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
@@ -76,130 +140,120 @@ def split_of(text: str, validation_fraction: float) -> Split:
 
     So it stays where it is when others are added, and equal texts are never on both sides.
     """
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return _split_of(hashlib.sha256(text.encode()).digest(), validation_fraction)
+
+
+def _split_of(digest: bytes, validation_fraction: float) -> Split:
+    draw = int.from_bytes(digest[:8], "big") / 2**64
     return "validation" if draw < validation_fraction else "train"
 
 
-@dataclass
-class _Counts:
-    """One source so far."""
+class _PartWriter:
+    """Counts, and writes chunks of documents."""
 
-    dropped: Counter[str] = field(default_factory=Counter)
-    kept: Counter[Split] = field(default_factory=Counter)
+    def __init__(self, part: Part, config: DataConfig, folder: epath.Path) -> None:
+        self._part, self._folder = part, folder
+        self._stops = config.cleaning.on_invalid == "error"
+        self._with_signatures = config.cleaning.near_duplicates is not None
+        self._counts = PartCounts(source=part.source)
+        self._clear()
 
-    @property
-    def read(self) -> int:
-        return self.dropped.total() + self.kept.total()
+    def _clear(self) -> None:
+        self._lines: list[bytes] = []
+        self._columns: list[np.ndarray] = []
+        self._signatures: list[np.ndarray] = []
+        self._size = 0
 
-
-class _Collector:
-    """Counts, removes duplicates, and writes each document to the file of its split."""
-
-    def __init__(self, config: DataConfig, folder: Path) -> None:
-        self._config = config
-        self._files = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8") for split in SPLITS}
-        self._seen: set[bytes] = set()
-        self._bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-        self._words: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-        self._sources: list[tuple[str, _Counts]] = []
-        self.examples: dict[str, str] = {}  # of each reason, the first input that it dropped
-
-    def start(self, name: str) -> _Counts:
-        """Begins a source; what follows is counted as its own."""
-        self._sources.append((name, _Counts()))
-        return self._sources[-1][1]
-
-    def skip(self, skipped: Skipped) -> None:
-        """Counts what is no document, or is dropped.
-
-        Raises:
-            UserError: if it is invalid input, and ``on_invalid`` is error.
-        """
-        message = f"{skipped.identity}: {skipped.detail}"
-        if skipped.reason not in FILTERS and self._config.cleaning.on_invalid == "error":
-            raise UserError(
-                f"{message} ({skipped.reason}); mend it, or have such input counted and skipped with "
-                "data.cleaning.on_invalid=skip"
-            )
-        self._sources[-1][1].dropped[skipped.reason] += 1
-        self.examples.setdefault(skipped.reason, message)
-
-    def add(self, result: Document | Skipped) -> None:
-        """Counts a cleaned document and writes it, unless its text has been seen."""
-        if isinstance(result, Skipped):
-            self.skip(result)
-            return
-        encoded = result.text.encode()
-        if self._config.cleaning.deduplicate:
-            digest = hashlib.sha256(encoded).digest()[:16]
-            if digest in self._seen:
-                self.skip(Skipped(result.identity, DUPLICATE, "its text has been seen before"))
-                return
-            self._seen.add(digest)
-        name, counts = self._sources[-1]
-        split = split_of(result.text, self._config.validation_fraction)
-        counts.kept[split] += 1
-        self._bytes[split] += len(encoded)
-        self._words[split] += len(result.text.split())
-        record = {"text": result.text, "identity": result.identity, "source": name}
-        self._files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def collected(self) -> Collected:
-        """The counts of all sources."""
-        return Collected(
-            sources=tuple(
-                SourceCounts(
-                    name=name, read=counts.read, kept=counts.kept.total(), dropped=dict(sorted(counts.dropped.items()))
+    def add(self, cleaned: _Cleaned) -> None:
+        counts = self._counts
+        for skipped in cleaned.skipped:
+            message = f"{skipped.identity}: {skipped.detail}"
+            if skipped.reason not in FILTERS and self._stops:
+                raise UserError(
+                    f"{message} ({skipped.reason}); mend it, or have such input counted and skipped with "
+                    "data.cleaning.on_invalid=skip"
                 )
-                for name, counts in self._sources
-            ),
-            documents={split: [counts.kept[split] for _, counts in self._sources] for split in SPLITS},
-            bytes=self._bytes,
-            words=self._words,
-        )
+            counts.dropped[skipped.reason] += 1
+            counts.examples.setdefault(skipped.reason, message)
+        counts.read += len(cleaned.lines) + len(cleaned.skipped)
+        self._lines += cleaned.lines
+        self._columns.append(cleaned.columns)
+        self._signatures.append(cleaned.signatures)
+        self._size += sum(map(len, cleaned.lines))
+        if self._size >= _CHUNK_BYTES:
+            self._write_chunk()
 
     def close(self) -> None:
-        """Flushes the files to the disk and closes them."""
-        with contextlib.ExitStack() as stack:
-            for file in self._files.values():
-                stack.enter_context(file)
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
+        if self._lines:
+            self._write_chunk()
+        note = self._counts.model_dump_json().encode()
+        write_atomically(self._folder / f"{self._part.number:06}.json", note)
+
+    def _write_chunk(self) -> None:
+        name = chunk_name(self._part.number, len(self._counts.chunks))
+        write_atomically(self._folder / f"{name}.jsonl", b"".join(self._lines))
+        write_array(self._folder / f"{name}.columns.npy", np.concatenate(self._columns))
+        if self._with_signatures:
+            write_array(self._folder / f"{name}.signatures.npy", np.concatenate(self._signatures))
+        self._counts.chunks.append(len(self._lines))
+        self._clear()
 
 
-def _batches(items: Iterable[Document | Skipped], skip: Callable[[Skipped], None]) -> Iterator[list[Document]]:
-    """Documents in batches of about a million characters; what is no document goes to ``skip``."""
-    batch: list[Document] = []
-    size = 0
-    for item in items:
-        if isinstance(item, Skipped):
-            skip(item)
-            continue
-        batch.append(item)
-        size += len(item.text)
-        if size >= _BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _batches(parts: Iterable[Part]) -> Iterator[_Batch]:
+    """The inputs in batches of about a million characters, each of one part."""
+    for part in parts:
+        items: list[Document | Skipped] = []
+        size = 0
+        for item in part.reader.read():
+            if size >= _BATCH_CHARS:
+                yield _Batch(part, items, ends_part=False)
+                items, size = [], 0
+            items.append(item)
+            size += len(item.text) if isinstance(item, Document) else len(item.detail)
+        yield _Batch(part, items, ends_part=True)
 
 
-def _clean_batch(batch: list[Document], config: CleaningConfig) -> list[Document | Skipped]:
-    return [clean(document, config) for document in batch]
+def _clean_batch(batch: _Batch, config: DataConfig) -> _Cleaned:
+    kept: list[Document] = []
+    skipped: list[Skipped] = []
+    for item in batch.items:
+        result = _clean(item, config, batch.part.source) if isinstance(item, Document) else item
+        (kept if isinstance(result, Document) else skipped).append(result)  # pyrefly: ignore[bad-argument-type]
+    near = config.cleaning.near_duplicates
+    signatures = [signature(document.text, near) for document in kept] if near else []
+    columns = np.array([_columns(document.text, config.validation_fraction) for document in kept], COLUMNS)
+    name = batch.part.reader.name
+    lines = [_line({"text": document.text, "identity": document.identity, "source": name}) for document in kept]
+    stacked = np.stack(signatures) if signatures else np.empty((0, near.permutations if near else 0), np.uint32)
+    return _Cleaned(batch.part, lines, columns, stacked, skipped, batch.ends_part)
 
 
-def _check(collected: Collected, config: DataConfig, examples: dict[str, str]) -> None:
-    """Refuses a corpus without documents, or with an empty split."""
-    totals = {split: sum(collected.documents[split]) for split in SPLITS}
-    if not any(totals.values()):
-        read = sum(source.read for source in collected.sources)
-        lines = [f"  {reason}, e.g. {message}" for reason, message in examples.items()]
-        raise UserError("\n".join([f"data.sources: of {read:,} inputs read, no document is left; dropped:", *lines]))
-    empty = next((split for split in SPLITS if not totals[split]), None)
-    if empty:
-        change = "raise" if empty == "validation" else "lower"
-        raise UserError(
-            f"the {empty} split is empty: each of the {sum(totals.values()):,} documents is drawn for validation with "
-            f"probability data.validation_fraction={config.validation_fraction}; {change} it, or add documents"
-        )
+def _clean(document: Document, config: DataConfig, source: int) -> Document | Skipped:
+    cleaning = config.cleaning
+    result = clean(document, cleaning, config.sources[source].quality)
+    contamination = _contamination(cleaning)
+    if isinstance(result, Document) and contamination and (found := contamination.find(result.text)):
+        return Skipped(document.identity, CONTAMINATED, f"it shares '{found}' with the evaluation texts")
+    return result
+
+
+@functools.lru_cache(maxsize=1)
+def _contamination(cleaning: CleaningConfig) -> Contamination | None:
+    return load_contamination(cleaning.decontaminate, cleaning.max_chars) if cleaning.decontaminate else None
+
+
+def _columns(text: str, validation_fraction: float) -> tuple:
+    encoded = text.encode()
+    digest = hashlib.sha256(encoded).digest()
+    split = SPLITS.index(_split_of(digest, validation_fraction))
+    return np.frombuffer(digest[:16], "<u8"), split, len(encoded), len(text.split())
+
+
+def _line(record: dict[str, str]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def make_parts(sources: Sequence[TextSource]) -> list[Part]:
+    """The parts of all sources, in order."""
+    readers = [(index, reader) for index, source in enumerate(sources) for reader in source.split()]
+    return [Part(number, source, reader) for number, (source, reader) in enumerate(readers)]

@@ -2,25 +2,35 @@
 
 The shards are read with positional reads, not through a memory map. Both are far faster than a step needs, but a map
 of a file that is read at random counts as much memory as the corpus is large, and kills the process with a signal
-where a file on shared storage is truncated under it.
+where a file on shared storage is truncated under it. Shards in a bucket are read by ranges, without a local copy.
 """
 
+import functools
 import os
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from etils import epath
 
-from gpt1_jax.data.manifest import Manifest, Shard, Split, read_manifest
+from gpt1_jax.data.integrity import damage_of
+from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, Split, read_manifest
+from gpt1_jax.data.storage import AnyPath, file_system, is_remote, storage_errors, storage_fault
 from gpt1_jax.errors import DamagedError, StorageError
+from gpt1_jax.pool import available_cores
+
+OFFSET = np.dtype("<i8")
 
 
 class Corpus:
     """A folder that ``gpt1 prepare`` wrote.
 
     Args:
-        folder: the corpus.
+        folder: the corpus, local or in a bucket.
+        verify: compare every shard with its checksum before the first of its tokens is used.
+        readers: threads that read windows at once beside the caller's; 0: the caller reads one after another.
 
     Attributes:
         folder: the same, as a path.
@@ -28,15 +38,23 @@ class Corpus:
 
     Raises:
         UserError: if there is no prepared corpus in the folder.
-        DamagedError: if its manifest cannot be parsed.
+        DamagedError: if its manifest cannot be parsed, or has no checksum of a shard.
+        StorageError: if the storage cannot be reached.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: AnyPath, verify: bool = True, readers: int = 0):
+        self.folder = epath.Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
+        self._verify = verify
+        self._readers = ThreadPoolExecutor(readers, "reader") if readers else None
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._shards = {
+            shard.file: _ShardFile(self.folder / shard.file, shard.tokens * dtype.itemsize, self._sum(shard.file))
+            for shard in self.manifest.shards
+        }
 
     @property
-    def tokenizer_file(self) -> Path:
+    def tokenizer_file(self) -> epath.Path:
         """The tokenizer that made the tokens: a SentencePiece model or, under the same name, a tokenizer.json."""
         return self.folder / "tokenizer.model"
 
@@ -44,9 +62,19 @@ class Corpus:
         """The whole split as one stream, source after source.
 
         Raises:
-            DamagedError: if a shard is missing or has not the size that the manifest says.
+            DamagedError: if a shard is missing or has not the size that the manifest says. Every size is checked at
+                once, so that a damaged corpus is found before the first step and not hours later; checksums are
+                compared, and files opened, when they are first read.
+            StorageError: if the storage cannot be reached.
         """
-        return TokenStream(self.folder, self.manifest.shards_of(split), np.dtype(self.manifest.dtype))
+        shards = self.manifest.shards_of(split)
+        with storage_errors(self.folder):
+            files, folder = file_system(self.folder)
+            sizes = {os.path.basename(found["name"]): found["size"] for found in files.ls(folder, detail=True)}
+        for shard in shards:
+            self._shards[shard.file].check_size(sizes.get(shard.file))
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        return TokenStream([self._shards[shard.file] for shard in shards], dtype, self._readers)
 
     def source_tokens(self, split: Split) -> list[int]:
         """Tokens of each source in the split; in the stream of the split they follow each other in this order."""
@@ -54,25 +82,41 @@ class Corpus:
         assert [s.source for s in shards] == sorted(s.source for s in shards), "the manifest orders shards by source"
         return [sum(s.tokens for s in shards if s.source == k) for k in range(len(self.manifest.sources))]
 
+    def offsets(self, shard: Shard) -> np.ndarray:
+        """Where each document of a shard begins in it, and the end of the last: int64 [documents + 1], in tokens.
+
+        Raises:
+            DamagedError: if the file is missing or altered.
+            StorageError: if it cannot be read.
+        """
+        path = self.folder / shard.offsets_file
+        size = (shard.documents + 1) * OFFSET.itemsize
+        file = _ShardFile(path, size, self._sum(shard.offsets_file))
+        offsets = np.empty(shard.documents + 1, OFFSET)
+        file.read_into(offsets, 0)
+        return offsets
+
+    def _sum(self, file: str) -> FileSum | None:
+        """What a file is compared with; None: nothing."""
+        if not self._verify:
+            return None
+        if file not in self.manifest.files:
+            raise DamagedError(f"{self.folder / MANIFEST}: has no checksum of {file}; prepare the corpus again")
+        return self.manifest.files[file]
+
 
 class TokenStream:
     """The tokens of several shards as one sequence, read by position in memory that does not depend on its length.
 
     Args:
-        folder: the corpus.
-        shards: in the order of the stream.
-        dtype: of the tokens on disk.
-
-    Raises:
-        DamagedError: if a shard is missing or has not the size that the manifest says. Every size is checked at
-            once, so that a damaged corpus is found before the first step and not hours later; files are opened
-            when they are first read.
+        files: of the shards, in the order of the stream.
+        dtype: of the tokens in them.
+        readers: read the rows of a batch at once; None: the caller reads them one after another.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype):
-        self._dtype = dtype.newbyteorder("<")
-        self._files = [_ShardFile(folder / shard.file, shard.tokens * dtype.itemsize) for shard in shards]
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+    def __init__(self, files: "Sequence[_ShardFile]", dtype: np.dtype, readers: ThreadPoolExecutor | None):
+        self._files, self._dtype, self._readers = files, dtype, readers
+        self._ends = np.cumsum([file.size // dtype.itemsize for file in files], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -93,16 +137,27 @@ class TokenStream:
 
         Raises:
             IndexError: if a window leaves the stream.
-            DamagedError: if a shard has become shorter or has gone.
+            DamagedError: if a shard is not the one that was written, or has become shorter, or has gone.
             StorageError: if a shard cannot be read.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > len(self)):
             raise IndexError(f"tokens [{starts.min()}, {starts.max() + length}) of a stream of {len(self)}")
         raw = np.empty((len(starts), length), self._dtype)
-        shards = np.searchsorted(self._ends, starts, side="right")
-        for row, start, shard in zip(raw, starts.tolist(), shards.tolist(), strict=True):
-            self._fill(row, start, shard)
+        first = np.searchsorted(self._ends, starts, side="right").tolist()
+        last = np.searchsorted(self._ends, starts + length - 1, side="right").tolist()
+        if length:
+            self._open({shard for begin, end in zip(first, last, strict=True) for shard in range(begin, end + 1)})
+        rows = self._readers.map if self._readers else map
+        for _ in rows(self._fill, raw, starts.tolist(), first):
+            pass
         return raw.astype(np.int32)
+
+    def _open(self, shards: set[int]) -> None:
+        """Opens files that are not open yet, all at once: each is read from end to end for its checksum."""
+        closed = [file for file in map(self._files.__getitem__, shards) if not file.is_open]
+        if closed:
+            with ThreadPoolExecutor(available_cores()) as pool:
+                list(pool.map(_ShardFile.open, closed))
 
     def _fill(self, row: np.ndarray, start: int, shard: int) -> None:
         """Reads tokens from ``start``, which lies in ``shard``, until ``row`` is full."""
@@ -117,50 +172,86 @@ class TokenStream:
 
 
 class _ShardFile:
-    """One file of tokens, of a known size, opened when it is first read and closed with the object."""
+    """One file of a shard, of a known size, checked and opened when it is first read, closed with the object.
 
-    def __init__(self, path: Path, size: int):
-        self._path = path
+    Args:
+        path: of the file.
+        size: in bytes.
+        expected: what it must be; None: it is trusted.
+    """
+
+    def __init__(self, path: epath.Path, size: int, expected: FileSum | None):
+        self._path, self._expected = path, expected
+        self._opening = threading.Lock()  # evaluation and the loader's threads may share a file
+        # Reads bytes at an offset into a buffer, and says how many, 0 at the end of the file; None until opened.
+        self._read: Callable[[memoryview, int], int] | None = None
         self._descriptor: int | None = None
-        self._opening = threading.Lock()  # evaluation and the loader's thread may share a stream
         self.size = size
-        try:
-            found = os.stat(path).st_size
-        except FileNotFoundError:
-            raise self._damaged("is missing") from None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be reached: {error}") from None
-        if found != size:
-            raise self._damaged(f"has {found} bytes, its manifest says {size}")
 
     def __del__(self):
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def read_into(self, tokens: np.ndarray, offset: int) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether it has been checked and may be read."""
+        return self._read is not None
+
+    def check_size(self, found: int | None) -> None:
+        """Compares the size with the one found; None: there is no such file."""
+        if found is None:
+            raise self._damaged("is missing")
+        if found != self.size:
+            raise self._damaged(f"has {found} bytes, its manifest says {self.size}")
+
+    def open(self) -> None:
+        """Compares it with its checksum, and opens it; a second call does nothing."""
+        with self._opening:
+            if self._read is not None:
+                return
+            if self._expected and (what := damage_of(self._path, self._expected)):
+                raise self._damaged(what)
+            if is_remote(self._path):
+                self._read = functools.partial(_read_range, *file_system(self._path))
+                return
+            try:
+                self._descriptor = os.open(self._path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise self._damaged("is missing") from None
+            except OSError as error:
+                raise StorageError(f"{self._path}: cannot be opened: {error}") from None
+            self._read = functools.partial(_read_local, self._descriptor)
+
+    def read_into(self, numbers: np.ndarray, offset: int) -> None:
         """Fills a contiguous array from the byte ``offset`` on."""
-        if self._descriptor is None:
-            self._open()
-        assert self._descriptor is not None
-        view = tokens.view(np.uint8).data
+        if self._read is None:
+            self.open()
+        assert self._read is not None
+        view = numbers.view(np.uint8).data
         while view:  # one call reads at most 2 GiB, and network storage may return less
             try:
-                count = os.preadv(self._descriptor, [view], offset)
-            except OSError as error:
-                raise StorageError(f"{self._path}: cannot be read: {error}") from None
+                count = self._read(view, offset)
+            except FileNotFoundError:
+                raise self._damaged("is missing") from None
+            except Exception as error:
+                if isinstance(error, OSError) or storage_fault(error):
+                    raise StorageError(f"{self._path}: cannot be read: {error}") from None
+                raise
             if not count:
                 raise self._damaged(f"ends at byte {offset} of {self.size}")
             view, offset = view[count:], offset + count
 
-    def _open(self) -> None:
-        with self._opening:
-            if self._descriptor is None:
-                try:
-                    self._descriptor = os.open(self._path, os.O_RDONLY)
-                except FileNotFoundError:
-                    raise self._damaged("is missing") from None
-                except OSError as error:
-                    raise StorageError(f"{self._path}: cannot be opened: {error}") from None
-
     def _damaged(self, what: str) -> DamagedError:
-        return DamagedError(f"{self._path}: this shard of the corpus {what}; run 'gpt1 prepare' again to rebuild it")
+        return DamagedError(
+            f"{self._path}: this file of the corpus {what}; run 'gpt1 prepare' again: it rebuilds just that file"
+        )
+
+
+def _read_local(descriptor: int, view: memoryview, offset: int) -> int:
+    return os.preadv(descriptor, [view], offset)
+
+
+def _read_range(files: Any, name: str, view: memoryview, offset: int) -> int:
+    found = files.cat_file(name, start=offset, end=offset + len(view))
+    view[: len(found)] = found
+    return len(found)

@@ -1,62 +1,86 @@
-"""The cleaned documents of a corpus: a TFDS dataset in ArrayRecord files, written and read without TensorFlow."""
+"""The cleaned documents of a corpus: a TFDS dataset in ArrayRecord files, written and read without TensorFlow.
 
-import array
+It lies in ``CORPUS/documents/NAME/VERSION``, so it is found by name and version, ``tfds.builder("NAME/VERSION",
+data_dir="CORPUS/documents")``, or by its folder.
+"""
+
 import contextlib
 import io
-import shutil
+import json
+import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import shuffle, writer
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from gpt1_jax.data.manifest import Split
+from gpt1_jax.data.collect import read_array
+from gpt1_jax.data.duplicates import Chunk, dropped_file
+from gpt1_jax.data.manifest import SPLITS, Split
+from gpt1_jax.data.storage import is_remote, local_copy, put_file
 from gpt1_jax.errors import DamagedError, StorageError, UserError
 
 FOLDER = "documents"
-Records = Mapping[Split, Callable[[], Iterator[dict[str, str]]]]  # what generates the records of each split
-_SHUFFLER = shuffle.Shuffler
+VERSION = "1.0.0"
+_RECORDS = 64  # read at once
+_SHARD_BYTES = 128_000_000  # of text in one ArrayRecord file; as much is held in memory while it is written
 
 
-class _InOrder:
-    """Takes the place of TFDS's ``Shuffler`` for records that come in order: they wait in a file for their shard.
+class Span(NamedTuple):
+    """Some of the documents that a chunk gives to a split: ``take`` of them, after the first ``skip``."""
 
-    Above a gigabyte TFDS's own keeps them in files that only TensorFlow can open, and sorts them all in memory.
+    chunk: Chunk
+    skip: int
+    take: int
+
+
+class _Shard:
+    """Generates the documents of one ArrayRecord file."""
+
+    def __init__(self, work: epath.Path, split: Split, spans: Sequence[Span]) -> None:
+        self._work, self._split, self._spans = work, split, spans
+
+    def __call__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        key = 0
+        for chunk, skip, take in self._spans:
+            for record in islice(self._kept(chunk), skip, skip + take):
+                yield key, record
+                key += 1
+
+    def _kept(self, chunk: Chunk) -> Iterator[dict[str, str]]:
+        wanted = is_kept(chunk, self._work)[SPLITS.index(self._split)]
+        with open(local_copy(self._work / f"{chunk.name}.jsonl"), encoding="utf-8") as file:
+            for line, kept in zip(file, wanted, strict=True):
+                if kept:
+                    yield json.loads(line)
+
+
+def is_kept(chunk: Chunk, work: epath.Path) -> np.ndarray:
+    """Whether a split has each document of a chunk, bool [splits, documents]."""
+    columns = read_array(work / f"{chunk.name}.columns.npy")
+    left = read_array(dropped_file(chunk, work)) == 0
+    return np.stack([left & (columns["split"] == number) for number in range(len(SPLITS))])
+
+
+class _Writer(writer.ExampleWriter):
+    """Writes the fields of a record in a fixed order, and to any storage.
+
+    Protobuf's maps have a different order in every process, and ArrayRecord writes local files alone.
     """
 
-    def __init__(self, dirpath: Any, **_: Any) -> None:
-        self._file = tempfile.TemporaryFile(dir=dirpath)
-        self._sizes = array.array("Q")
-        self.size = 0  # bytes
-
-    @property
-    def num_examples(self) -> int:
-        return len(self._sizes)
-
-    @property
-    def bucket_lengths(self) -> list[int]:
-        return [len(self._sizes)]
-
-    def add(self, key: int, data: bytes) -> None:
-        self._file.write(data)
-        self._sizes.append(len(data))
-        self.size += len(data)
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        with self._file as file:
-            file.seek(0)
-            for key, size in enumerate(self._sizes):
-                yield key, file.read(size)
-
-
-class _DeterministicWriter(writer.ExampleWriter):
-    """Writes the fields of a record in a fixed order: protobuf's maps have a different one in every process."""
-
-    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        return super().write(path, ((key, _ordered(example)) for key, example in examples))
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> None:
+        with tempfile.TemporaryDirectory(dir=None if is_remote(path) else os.path.dirname(path)) as folder:
+            local = Path(folder) / os.path.basename(path)
+            super().write(local, ((key, _ordered(example)) for key, example in examples))
+            put_file(local, path)
 
 
 def _ordered(example: bytes) -> bytes:
@@ -64,94 +88,184 @@ def _ordered(example: bytes) -> bytes:
     return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
-class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Documents(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Text, identity and source of every cleaned document, in the order in which they were read."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, splits: Records, **kwargs: Any) -> None:
-        self._records = splits
+    def __init__(self, name: str, shards: Mapping[Split, Sequence[_Shard]], **kwargs: Any) -> None:
+        self.name = name
+        self._shards = shards
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
+        def text(doc: str) -> tfds.features.Text:
+            return tfds.features.Text(doc=doc)
+
+        features = {
+            "text": text("the cleaned text"),
+            "identity": text("where it came from: a file, a line or row of it, a URL"),
+            "source": text("the source's name, as in the manifest"),
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Cleaned documents of a prepared corpus.",
-            features=tfds.features.FeaturesDict({"text": text(), "identity": text(), "source": text()}),
+            features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
-        return {split: self._generate_examples(split) for split in self._records}
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[Split, Sequence[_Shard]]:
+        return self._shards
 
     def _example_writer(self) -> writer.ExampleWriter:
-        return _DeterministicWriter(self.info.file_format)
-
-    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, str]]]:
-        yield from enumerate(self._records[split]())
+        return _Writer(self.info.file_format)
 
 
-def write_documents(splits: Records, folder: Path, work: Path) -> None:
-    """Writes the documents of the splits into ``folder``, by way of ``work``, which is emptied first and last.
+Build = Callable[[tfds.core.DatasetBuilder], None]
+
+
+def write_documents(
+    corpus: epath.Path,
+    name: str,
+    kept: Mapping[Split, Sequence[tuple[Chunk, int]]],
+    sizes: Mapping[Split, int],
+    work: epath.Path,
+    build: Build,
+) -> None:
+    """Writes the documents of the splits.
+
+    Args:
+        corpus: where to.
+        name: of the corpus, from which that of the dataset is made.
+        kept: of each split the chunks, in order, with the number of documents that it has of them.
+        sizes: of each split, bytes of text.
+        work: where the chunks are.
+        build: makes a TFDS builder write, on whatever engine.
 
     Raises:
         StorageError: if the disk is full or failing.
     """
-    shutil.rmtree(work, ignore_errors=True)
-    builder = Documents(splits, data_dir=work, file_format="array_record")
-    config = tfds.download.DownloadConfig(register_checksums=False, try_download_gcs=False)
+    folder = corpus / FOLDER
+    if folder.exists():  # what a killed process left
+        folder.rmtree()
+    shards = {split: [_Shard(work, split, spans) for spans in _plan(kept[split], sizes[split])] for split in SPLITS}
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # what TFDS prints there is not this command's result
         try:
-            # TFDS offers no other way to choose it.
-            shuffle.Shuffler = _InOrder  # pyrefly: ignore[bad-assignment]  # it has what the writer uses
-            builder.download_and_prepare(download_config=config)
+            build(Documents(dataset_name(name), shards, data_dir=folder, file_format="array_record"))
         except RuntimeError as error:  # how ArrayRecord reports a failed write
             raise StorageError(
                 f"{folder}: the documents cannot be written: {error}; make room or set data.root elsewhere, and run "
                 "the same command again"
             ) from None
-        finally:
-            shuffle.Shuffler = _SHUFFLER
-    shutil.rmtree(folder, ignore_errors=True)
-    Path(builder.data_dir).rename(folder)
-    shutil.rmtree(work)
+
+
+def has_documents(corpus: epath.Path) -> bool:
+    """Whether the documents are there: TFDS gives them their folder when they are complete."""
+    return bool(_datasets(corpus))
+
+
+def remove_leftovers(corpus: epath.Path) -> None:
+    """Removes what TFDS leaves beside the dataset: notes of its Beam workers, and a folder for downloads."""
+    for note in (corpus / FOLDER).glob("*/*/*.shard_infos.json"):
+        note.unlink()
+    if (corpus / FOLDER / "downloads").exists():
+        (corpus / FOLDER / "downloads").rmtree()
+
+
+def dataset_name(corpus: str) -> str:
+    """The name of a corpus, ``python_docs`` or ``books+wiki``, as one that TFDS accepts."""
+    name = re.sub(r"[^a-z0-9]+", "_", corpus.lower()).strip("_")
+    return name if name[:1].isalpha() else f"corpus_{name}"
+
+
+def _datasets(corpus: epath.Path) -> list[epath.Path]:
+    return [found.parent for found in (corpus / FOLDER).glob(f"*/{VERSION}/dataset_info.json")]
+
+
+def _plan(chunks: Sequence[tuple[Chunk, int]], size: int) -> list[list[Span]]:
+    """Which documents each ArrayRecord file of a split holds: as many files as it has shares of the given bytes."""
+    total = sum(count for _, count in chunks)
+    files = min(total, -(-size // _SHARD_BYTES))
+    bounds = [total * number // files for number in range(files + 1)]
+    plan: list[list[Span]] = [[] for _ in range(files)]
+    start, file = 0, 0
+    for chunk, count in chunks:
+        at = start
+        while at < start + count:
+            stop = min(start + count, bounds[file + 1])
+            plan[file].append(Span(chunk, at - start, stop - at))
+            at = stop
+            file += at == bounds[file + 1]
+        start += count
+    return plan
 
 
 class DocumentReader:
-    """Random access to the documents of one split."""
+    """Random access to the documents of one split, in the order of its tokens."""
 
-    def __init__(self, corpus: str | Path, split: Split) -> None:
+    def __init__(self, corpus: str | os.PathLike[str], split: Split) -> None:
         """Opens the documents of a prepared corpus.
 
         Raises:
             DamagedError: if they are missing or cannot be read.
         """
-        folder = Path(corpus) / FOLDER
-        try:
-            builder: Any = tfds.builder_from_directory(folder)  # its decorators hide the types of its methods
-            self._records: Sequence[dict[str, bytes]] = builder.as_data_source(split)
-        except Exception as error:  # the library raises many kinds
-            raise DamagedError(f"{folder}: the documents cannot be read: {error}; prepare the corpus again") from None
+        self._folder = epath.Path(corpus) / FOLDER
+        with self._readable():
+            (folder,) = _datasets(epath.Path(corpus))
+            info: Any = tfds.builder_from_directory(folder).info  # its decorators hide the types of its methods
+            found = info.splits[split]
+            self._features, self._files = info.features, found.filepaths
+            self._ends = np.cumsum(found.shard_lengths)
+        self._open: dict[int, ArrayRecordDataSource] = {}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._ends[-1])
 
     def __getitem__(self, position: int) -> tuple[str, str]:
         """Text and identity of a document."""
-        record = self._records[position]
-        return record["text"].decode(), record["identity"].decode()
+        return next(self.read(position, position + 1))
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
+        """Text and identity of documents [start, stop).
+
+        Raises:
+            DamagedError: if a file is missing or cannot be read.
+        """
+        for file in range(len(self._files)):
+            begin = int(self._ends[file - 1]) if file else 0
+            wanted = range(max(start, begin) - begin, min(stop, int(self._ends[file])) - begin)
+            for at in range(wanted.start, wanted.stop, _RECORDS):
+                with self._readable():
+                    places = range(at, min(at + _RECORDS, wanted.stop))
+                    records = self._opened(file).__getitems__(places)
+                    found = [self._features.deserialize_example_np(record) for record in records]
+                for record in found:
+                    yield record["text"].decode(), record["identity"].decode()
+
+    def _opened(self, file: int) -> ArrayRecordDataSource:
+        if file not in self._open:
+            self._open[file] = ArrayRecordDataSource([os.fspath(local_copy(self._files[file]))])
+        return self._open[file]
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the libraries raise many kinds
+            raise DamagedError(
+                f"{self._folder}: the documents cannot be read: {error}; run 'gpt1 prepare' again to rebuild them"
+            ) from None
 
 
-def read_documents(corpus: str | Path, split: Split) -> Iterator[tuple[str, str]]:
+def read_documents(corpus: str | os.PathLike[str], split: Split) -> Iterator[tuple[str, str]]:
     """Text and identity of every document of a split, in the order of its tokens.
 
     Raises:
         UserError: if there is no such split.
         DamagedError: if the documents are missing or cannot be read.
     """
-    if split not in ("train", "validation"):
+    if split not in SPLITS:
         raise UserError(f"'{split}' is no split of a corpus; there are train and validation")
     reader = DocumentReader(corpus, split)
-    return (reader[position] for position in range(len(reader)))
+    return reader.read(0, len(reader))

@@ -1,22 +1,30 @@
-"""From documents to shards of tokens, on all cores; the bytes do not depend on how many."""
+"""Documents to shards of tokens; the bytes depend on no engine and on no number of workers.
+
+Ranges of documents are encoded first, wherever there is room; then it is decided which documents each shard holds, and
+the shards are put together. In between the work folder holds, of each range of documents::
+
+    SPLIT-SS-FFFFFFFFFFFF.range.tokens    of source SS from document F on: their tokens
+    SPLIT-SS-FFFFFFFFFFFF.range.ends.npy  where each of them ends; written last
+"""
 
 import functools
-import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
-from gpt1_jax.data.collect import SPLITS, Collected, Progress
+from gpt1_jax.data.collect import read_array, write_array
 from gpt1_jax.data.documents import DocumentReader
-from gpt1_jax.data.manifest import Shard, Split
-from gpt1_jax.data.storage import write_atomically
-from gpt1_jax.pool import ordered_map
+from gpt1_jax.data.manifest import SPLITS, Shard, Split
+from gpt1_jax.data.storage import is_remote, local_copy, put_file, write_atomically
 from gpt1_jax.text.tokenizer import Tokenizer, read_tokenizer
 
 TOKENIZER = "tokenizer.model"
-_JOB_BYTES = 1_000_000  # of text, encoded in one go
+_RANGE_BYTES = 1_000_000  # of text, encoded in one go
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -25,139 +33,157 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A range of the documents of one source in one split."""
+class Range:
+    """Documents [start, stop) of one source in one split."""
 
-    corpus: Path
     split: Split
     source: int
     start: int
     stop: int
 
+    @property
+    def name(self) -> str:
+        """Of its files, before the ending."""
+        return f"{self.split}-{self.source:02}-{self.start:012}.range"
+
+
+class Piece(NamedTuple):
+    """Documents [first, last) of a range."""
+
+    range: Range
+    first: int
+    last: int
+
 
 @dataclass(frozen=True)
-class _Encoded:
-    """Tokens of a range of documents, each followed by the separator, and where each document ends."""
+class ShardPlan:
+    """A shard, and where the tokens of its documents are."""
 
-    job: _Job
-    tokens: np.ndarray
-    ends: np.ndarray
+    shard: Shard
+    pieces: tuple[Piece, ...]
 
 
-def encode_documents(
-    corpus: Path, work: Path, collected: Collected, shard_tokens: int, workers: int, progress: Progress
-) -> tuple[Shard, ...]:
-    """Writes the shards of every split and source, and returns them in order.
+def plan_ranges(documents: Mapping[Split, Sequence[int]], sizes: Mapping[Split, int]) -> list[Range]:
+    """Ranges of about a megabyte of text each, by split, source and place.
 
-    A shard holds whole documents, and no more than ``shard_tokens`` tokens unless a single document does. Each is
-    noted in ``work`` when it is complete: a second call goes on after the last.
+    Args:
+        documents: of each split, how many of each source.
+        sizes: of each split, bytes of text.
     """
-    shards: list[Shard] = []
-    jobs: list[_Job] = []
+    ranges: list[Range] = []
     for split in SPLITS:
+        step = max(1, _RANGE_BYTES * sum(documents[split]) // max(1, sizes[split]))
         first = 0
-        step = max(1, _JOB_BYTES * sum(collected.documents[split]) // max(1, collected.bytes[split]))
-        for source, documents in enumerate(collected.documents[split]):
-            done = _noted(work, split, source)
-            start, stop = first + sum(shard.documents for shard in done), first + documents
-            jobs += [_Job(corpus, split, source, at, min(stop, at + step)) for at in range(start, stop, step)]
-            shards += done
+        for source, count in enumerate(documents[split]):
+            stop = first + count
+            ranges += [Range(split, source, at, min(stop, at + step)) for at in range(first, stop, step)]
             first = stop
-    writer = _ShardWriter(corpus, work, shard_tokens, shards)
-    total = sum(map(sum, collected.documents.values()))
-    encoded_documents = sum(shard.documents for shard in shards)
-    try:
-        for encoded in ordered_map(_encode, jobs, workers):
-            writer.add(encoded)
-            encoded_documents += len(encoded.ends)
-            progress("encoding", encoded_documents, total)
-        writer.close_shard()
-    finally:
-        writer.close()
-        _opened.cache_clear()
-    return tuple(sorted(writer.shards, key=lambda shard: (SPLITS.index(shard.split), shard.file)))
+    return ranges
+
+
+def encode_range(documents: Range, corpus: epath.Path, work: epath.Path) -> None:
+    """Writes the tokens of a range of documents, and where each of them ends."""
+    tokens, ends = encoded(documents, corpus)
+    write_atomically(work / f"{documents.name}.tokens", tokens.tobytes())
+    write_array(work / f"{documents.name}.ends.npy", ends)
+
+
+def encoded(documents: Range, corpus: epath.Path) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a range, each document followed by the separator, and where each of them ends (int64)."""
+    reader, tokenizer = _opened(corpus, documents.split)
+    found = tokenizer.encode_batch([text for text, _ in reader.read(documents.start, documents.stop)])
+    ends = np.cumsum([len(document) + 1 for document in found])
+    tokens = np.full(ends[-1], tokenizer.separator_id, token_dtype(tokenizer.vocab_size))
+    for end, document in zip(ends, found, strict=True):
+        tokens[end - 1 - len(document) : end - 1] = document
+    return tokens, ends
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(corpus: Path, split: Split) -> tuple[DocumentReader, Tokenizer]:
-    return DocumentReader(corpus, split), read_tokenizer(corpus / TOKENIZER)
+def _opened(corpus: epath.Path, split: Split) -> tuple[DocumentReader, Tokenizer]:
+    return DocumentReader(corpus, split), read_tokenizer(local_copy(corpus / TOKENIZER))
 
 
-def _encode(job: _Job) -> _Encoded:
-    documents, tokenizer = _opened(job.corpus, job.split)
-    encoded = tokenizer.encode_batch([documents[position][0] for position in range(job.start, job.stop)])
-    ends = np.cumsum([len(tokens) + 1 for tokens in encoded])
-    tokens = np.full(ends[-1], tokenizer.separator_id, token_dtype(tokenizer.vocab_size))
-    for end, document in zip(ends, encoded, strict=True):
-        tokens[end - 1 - len(document) : end - 1] = document
-    return _Encoded(job, tokens, ends)
+def forget_opened() -> None:
+    """Closes what encoding in this process has opened, which another preparation may replace."""
+    _opened.cache_clear()
 
 
-def _noted(work: Path, split: Split, source: int) -> list[Shard]:
-    """The shards of a source that are complete, in order."""
-    notes = sorted(work.glob(f"{split}-{source:02d}-*.shard"))
-    return [Shard.model_validate_json(note.read_text(encoding="utf-8")) for note in notes]
+def plan_shards(ranges: Sequence[Range], work: epath.Path, shard_tokens: int) -> list[ShardPlan]:
+    """Which documents each shard holds: whole ones, as many as fit into ``shard_tokens``, and at least one.
 
-
-class _ShardWriter:
-    """Cuts a stream of documents, ordered by split and source, into shards."""
-
-    def __init__(self, corpus: Path, work: Path, shard_tokens: int, done: list[Shard]) -> None:
-        self._corpus, self._work, self._limit = corpus, work, shard_tokens
-        self.shards = list(done)
-        self._key: tuple[Split, int] | None = None
-        self._file: BinaryIO | None = None
-        self._offsets = [0]
-        self._first = 0
-
-    def add(self, encoded: _Encoded) -> None:
-        """Adds a range of documents: as many at a time as the shard has room for."""
-        key = encoded.job.split, encoded.job.source
-        if key != self._key:
-            self.close_shard()
-            self._key = key
-        ends, at = encoded.ends, 0
+    A shard has one split and one source.
+    """
+    plans: list[ShardPlan] = []
+    for documents in ranges:
+        ends = read_array(work / f"{documents.name}.ends.npy")
+        at = 0
         while at < len(ends):
-            begin = ends[at - 1] if at else 0
-            if self._file is None:
-                self._file = open(self._work / "open.tokens", "wb")
-                self._offsets, self._first = [0], encoded.job.start + at
-            room = self._limit - self._offsets[-1]
-            stop = max(at, int(np.searchsorted(ends, begin + room, side="right")))
-            if stop == at and len(self._offsets) == 1:  # one document that is longer than a shard
-                stop = at + 1
-            if stop == at:
-                self.close_shard()
-                continue
-            self._file.write(encoded.tokens[begin : ends[stop - 1]].tobytes())
-            self._offsets += (self._offsets[-1] + ends[at:stop] - begin).tolist()
+            begin = int(ends[at - 1]) if at else 0
+            last = plans[-1].shard if plans else None
+            same = last is not None and (last.split, last.source) == (documents.split, documents.source)
+            room = shard_tokens - last.tokens if last is not None and same else 0
+            stop = int(np.searchsorted(ends, begin + room, side="right"))
+            if stop <= at:  # the next document needs a new shard
+                number = int(Path(last.file).stem.rpartition("-")[2]) + 1 if last is not None and same else 0
+                plans.append(ShardPlan(_empty_shard(documents, number, at), ()))
+                stop = max(at + 1, int(np.searchsorted(ends, begin + shard_tokens, side="right")))
+            plans[-1] = _grown(plans[-1], Piece(documents, at, stop), int(ends[stop - 1]) - begin)
             at = stop
+    return plans
 
-    def close_shard(self) -> None:
-        """Completes the shard that is open, if one is: tokens, offsets, and last the note that it is there."""
-        if self._file is None or self._key is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        split, source = self._key
-        number = sum((shard.split, shard.source) == self._key for shard in self.shards)
-        shard = Shard(
-            split=split,
-            source=source,
-            file=f"{split}-{source:02d}-{number:05d}.tokens",
-            tokens=self._offsets[-1],
-            documents=len(self._offsets) - 1,
-            first_document=self._first,
-        )
-        (self._work / "open.tokens").replace(self._corpus / shard.file)
-        write_atomically(self._corpus / shard.offsets_file, np.asarray(self._offsets, "<i8").tobytes())
-        note = (self._work / shard.file).with_suffix(".shard")
-        write_atomically(note, shard.model_dump_json().encode())
-        self.shards.append(shard)
 
-    def close(self) -> None:
-        """Closes the file of an open shard without completing it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def _empty_shard(documents: Range, number: int, at: int) -> Shard:
+    return Shard(
+        split=documents.split,
+        source=documents.source,
+        file=f"{documents.split}-{documents.source:02}-{number:05}.tokens",
+        tokens=0,
+        documents=0,
+        first_document=documents.start + at,
+    )
+
+
+def _grown(plan: ShardPlan, piece: Piece, tokens: int) -> ShardPlan:
+    shard = plan.shard
+    grown = {"tokens": shard.tokens + tokens, "documents": shard.documents + piece.last - piece.first}
+    return ShardPlan(shard.model_copy(update=grown), (*plan.pieces, piece))
+
+
+def write_shard(plan: ShardPlan, corpus: epath.Path, work: epath.Path) -> None:
+    """Puts a shard together: its tokens, and last its offsets."""
+    _write(plan.shard, (_read_piece(piece, corpus, work) for piece in plan.pieces), corpus, work)
+
+
+def rebuild_shard(shard: Shard, corpus: epath.Path, work: epath.Path) -> None:
+    """Makes one shard of a prepared corpus again, from its documents."""
+    stop = shard.first_document + shard.documents
+    text_bytes = 0
+    ranges, start = [], shard.first_document
+    reader, _ = _opened(corpus, shard.split)
+    for position, (text, _) in enumerate(reader.read(start, stop), start + 1):
+        text_bytes += len(text)
+        if text_bytes >= _RANGE_BYTES or position == stop:
+            ranges.append(Range(shard.split, shard.source, start, position))
+            start, text_bytes = position, 0
+    _write(shard, (encoded(documents, corpus) for documents in ranges), corpus, work)
+
+
+def _read_piece(piece: Piece, corpus: epath.Path, work: epath.Path) -> tuple[np.ndarray, np.ndarray]:
+    dtype = token_dtype(_opened(corpus, piece.range.split)[1].vocab_size)
+    ends = read_array(work / f"{piece.range.name}.ends.npy")
+    tokens = np.fromfile(local_copy(work / f"{piece.range.name}.tokens"), dtype)
+    begin = int(ends[piece.first - 1]) if piece.first else 0
+    return tokens[begin : ends[piece.last - 1]], ends[piece.first : piece.last] - begin
+
+
+def _write(shard: Shard, pieces: Iterator[tuple[np.ndarray, np.ndarray]], corpus: epath.Path, work: epath.Path) -> None:
+    path, offsets = corpus / shard.file, [np.zeros(1, np.int64)]
+    with tempfile.TemporaryDirectory(dir=None if is_remote(work) else work) as folder:
+        local = Path(folder) / shard.file
+        with open(local, "wb") as file:
+            for tokens, ends in pieces:
+                file.write(tokens.tobytes())
+                offsets.append(offsets[-1][-1] + ends)
+        put_file(local, path)
+    write_atomically(corpus / shard.offsets_file, np.concatenate(offsets).astype("<i8").tobytes())

@@ -2,7 +2,7 @@
 
 It is written last, so a folder that has one is complete. The files that it describes::
 
-    documents/                the cleaned documents, a TFDS dataset in ArrayRecord files, splits train and validation
+    documents/NAME/1.0.0/     the cleaned documents, a TFDS dataset in ArrayRecord files, splits train and validation
     tokenizer.model           the tokenizer, of whichever kind
     train-SS-NNNNN.tokens     tokens of source SS, shard NNNNN: flat, little-endian, uint16 or uint32
     train-SS-NNNNN.offsets    where each of its documents begins in the shard, and the end of the last: int64
@@ -12,14 +12,17 @@ It is written last, so a folder that has one is complete. The files that it desc
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pydantic
+from etils import epath
 
+from gpt1_jax.data.storage import AnyPath, storage_errors
 from gpt1_jax.errors import DamagedError, UserError
 
 MANIFEST = "manifest.json"
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class _Record(pydantic.BaseModel):
@@ -70,7 +73,7 @@ class Shard(_Record):
 class Manifest(_Record):
     """Everything about a prepared corpus that a reader must know."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str
     fingerprint: str
     settings: dict[str, Any]  # what the fingerprint covers
@@ -88,16 +91,18 @@ class Manifest(_Record):
         return tuple(shard for shard in self.shards if shard.split == split)
 
 
-def read_manifest(corpus: str | Path) -> Manifest:
+def read_manifest(corpus: AnyPath) -> Manifest:
     """Reads the manifest of a prepared corpus.
 
     Raises:
         UserError: if there is none.
         DamagedError: if it cannot be parsed.
+        StorageError: if it cannot be read.
     """
-    path = Path(corpus) / MANIFEST
+    path = epath.Path(corpus) / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        with storage_errors(path):
+            return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first"
@@ -106,10 +111,10 @@ def read_manifest(corpus: str | Path) -> Manifest:
         raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; prepare the corpus again") from None
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(path: AnyPath) -> str:
     """SHA-256 of a file, hexadecimal, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:

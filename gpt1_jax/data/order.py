@@ -4,12 +4,13 @@ Nothing here holds state or sees a file, a process or a device, so the order can
 works on arrays of indices and is exact in 64 bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpt1_jax.config import weight_at
 from gpt1_jax.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -138,3 +139,48 @@ class Mixture:
         cycle, slot = np.divmod(np.asarray(example, np.int64), PERIOD)
         source = self._source[slot]
         return source, cycle * self.quotas[source] + self._rank[slot]
+
+    def drawn(self, examples: int) -> Int64:
+        """How many of the first ``examples`` are of each source."""
+        cycles, slots = divmod(examples, PERIOD)
+        return cycles * self.quotas + np.bincount(self._source[:slots], minlength=len(self.quotas))
+
+
+class Curriculum:
+    """A mixture whose weights change at given examples; each source goes on where it stood.
+
+    A phase lasts as long as no weight changes, and is a :class:`Mixture` from its first example on. How much of each
+    source the phases before it drew is counted once, in whole periods and the part of one, so an example is located
+    in constant time and memory, however far it lies.
+
+    Args:
+        weights: one for each source: a number, at least 0, or a mapping from the example from which a weight holds to
+            that weight, its least key 0.
+        tokens: of each source.
+        names: of each source, for messages.
+
+    Attributes:
+        quotas: of the mixture of each phase, int64 [phases, sources].
+
+    Raises:
+        UserError: as :class:`Mixture`.
+    """
+
+    def __init__(self, weights: Sequence[float | Mapping[int, float]], tokens: Sequence[int], names: Sequence[str]):
+        changes = {0}.union(*(weight for weight in weights if isinstance(weight, Mapping)))
+        self._first = np.array(sorted(changes), np.int64)  # example of each phase
+        self._phases = [Mixture([weight_at(w, first) for w in weights], tokens, names) for first in sorted(changes)]
+        self.quotas = np.stack([phase.quotas for phase in self._phases])
+        lengths = np.diff(self._first).tolist()
+        drawn = [phase.drawn(length) for phase, length in zip(self._phases, lengths, strict=False)]
+        self._drawn = np.cumsum([np.zeros_like(self.quotas[0]), *drawn], axis=0)  # of each source before each phase
+
+    def locate(self, example: ArrayLike) -> tuple[Int64, Int64]:
+        """The source of each global example, and how many examples of that source come before it (int64 both)."""
+        examples = np.asarray(example, np.int64)
+        phases = np.searchsorted(self._first, examples, side="right") - 1
+        source, drawn = np.empty_like(examples), np.empty_like(examples)
+        for phase in np.unique(phases):
+            here = phases == phase
+            source[here], drawn[here] = self._phases[phase].locate(examples[here] - self._first[phase])
+        return source, drawn + self._drawn[phases, source]

@@ -1,68 +1,113 @@
 """Preparation: sources to a corpus on disk, in stages that a killed run need not repeat.
 
-The stages work in a hidden folder beside the corpus, ``ROOT/.NAME-FINGERPRINT.partial``, which takes the corpus's
-name once the manifest is written:
+The corpus grows in its own folder, ``ROOT/NAME-FINGERPRINT``, and is complete when it has its manifest, which is
+written last. Until then ``.work`` inside it holds what the stages leave to each other:
 
-1. collect: read the sources, clean, drop duplicates, choose the split (:mod:`gpt1_jax.data.collect`)
-2. documents: write them as a TFDS dataset (:mod:`gpt1_jax.data.documents`)
-3. tokenizer: train it from a sample of the training split, or copy the given one
-4. shards: encode the documents (:mod:`gpt1_jax.data.encode`)
-5. manifest: count, checksum, rename
+1. collect: read the sources, clean, part by part (:mod:`gpt1_jax.data.collect`)
+2. duplicates: decide which documents are dropped, and count (:mod:`gpt1_jax.data.duplicates`)
+3. documents: write them as a TFDS dataset (:mod:`gpt1_jax.data.documents`)
+4. tokenizer: train it from a sample of the training split, or copy the given one
+5. shards: encode the documents (:mod:`gpt1_jax.data.encode`)
+6. checksums, and the manifest
+
+An engine runs 1, 2, 3, 5 and the checksums (:mod:`gpt1_jax.data.engine`).
 """
 
 import functools
-import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from gpt1_jax.config import Config
-from gpt1_jax.data.collect import SPLITS, Collected, Progress, collect, collected_documents
-from gpt1_jax.data.documents import FOLDER, DocumentReader, read_documents, write_documents
-from gpt1_jax.data.encode import TOKENIZER, encode_documents, token_dtype
-from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SplitCounts, fingerprint_of, sha256_of
-from gpt1_jax.data.storage import locked, storage_errors, write_atomically
-from gpt1_jax.errors import UserError
-from gpt1_jax.pool import available_cores
+from gpt1_jax.data.collect import is_complete, make_parts
+from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.counts import Collected, check_collected, count_collected
+from gpt1_jax.data.documents import FOLDER, DocumentReader, has_documents, remove_leftovers, write_documents
+from gpt1_jax.data.duplicates import chunks_of, dropped_file
+from gpt1_jax.data.encode import (
+    TOKENIZER,
+    encode_range,
+    forget_opened,
+    plan_ranges,
+    plan_shards,
+    rebuild_shard,
+    token_dtype,
+    write_shard,
+)
+from gpt1_jax.data.engine import Engine, LocalEngine
+from gpt1_jax.data.integrity import damage_of, verify_corpus
+from gpt1_jax.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    FileSum,
+    Manifest,
+    Shard,
+    SplitCounts,
+    fingerprint_of,
+    read_manifest,
+    sha256_of,
+)
+from gpt1_jax.data.storage import local_copy, locked, storage_errors, write_atomically
+from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.text.contamination import load_contamination
 from gpt1_jax.text.document import TextSource
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
+from gpt1_jax.text.near_duplicates import check_near_duplicates
+from gpt1_jax.text.quality import check_quality
 from gpt1_jax.text.sentencepiece import train_tokenizer
 from gpt1_jax.text.sources import open_source
 from gpt1_jax.text.tokenizer import Tokenizer, read_tokenizer
 
-__all__ = ["corpus_dir", "prepare", "read_documents"]
-
-_FORMAT = 1  # of the prepared files; another number makes every corpus anew
+# Called with what is being done, how many units of it are done, and of how many if that is known.
+Progress = Callable[[str, int, int | None], None]
+_FORMAT = 2  # of the prepared files; another number makes every corpus anew
 _WORK = ".work"
 
 
-def corpus_dir(config: Config) -> Path:
+@dataclass(frozen=True)
+class _Plan:
+    """What a configuration asks for, checked: mistakes show before any work is done."""
+
+    config: Config
+    sources: list[TextSource]
+    tokenizer: Tokenizer | None  # None: to be trained
+    settings: dict[str, Any]  # everything that changes the contents of the corpus
+
+    @property
+    def folder(self) -> epath.Path:
+        labels = [re.sub(r"[^A-Za-z0-9_.-]+", "_", source.label).strip("._-") or "text" for source in self.sources]
+        name = "+".join(dict.fromkeys(labels))[:80]
+        return epath.Path(self.config.data.root) / f"{name}-{fingerprint_of(self.settings)}"
+
+
+def corpus_dir(config: Config) -> epath.Path:
     """The folder of a configuration's corpus, prepared or not: ``data.root/NAME-FINGERPRINT``.
 
     NAME says what the sources are, for the reader: ``python_docs``, ``books`` for ``corpora/books/*.txt``, the name
     of a dataset, joined by ``+``. FINGERPRINT covers what changes the contents: the sources (sizes and contents of
     files, versions of packages and datasets), cleaning, tokenizer, vocabulary size, split and shard size, and not
-    weights, workers or the model, so runs that agree on these share a corpus.
+    weights, engine, workers or the model, so runs that agree on these share a corpus.
 
     Raises:
         UserError: if a source, or a given tokenizer, is not there or not sound.
     """
-    sources, given = _open(config)
-    return _folder(config, sources, _settings(config, sources, given))
+    return _plan(config).folder
 
 
-def prepare(config: Config, progress: Progress = lambda stage, done, total: None) -> Path:
+def prepare(config: Config, progress: Progress = lambda stage, done, total: None, check: bool = False) -> epath.Path:
     """Prepares a configuration's corpus, or finds it prepared.
 
     Killed at any moment and called again, it goes on and gives the bytes of an uninterrupted run. A second process
-    that prepares the same corpus waits for the first.
+    that prepares the same corpus on a local disk waits for the first.
 
     Args:
         config: the configuration.
         progress: told the stage, the units done and, where known, their total.
+        check: compare every file of a corpus that is found with its manifest, and rebuild what is damaged.
 
     Returns:
         The corpus's folder, whose manifest says what was read, dropped and why.
@@ -70,56 +115,64 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
     Raises:
         UserError: if a source is not there, nothing is left of it, a split is empty, input is invalid and
             ``data.cleaning.on_invalid`` is error, or the tokenizer does not fit.
-        StorageError: if the disk is full or read-only.
+        DamagedError: if a damaged file cannot be rebuilt as it was.
+        StorageError: if the storage is full, read-only or cannot be reached.
     """
-    sources, given = _open(config)
-    settings = _settings(config, sources, given)
-    folder = _folder(config, sources, settings)
-    if (folder / MANIFEST).exists():
-        return folder
-    partial = folder.with_name(f".{folder.name}.partial")
+    plan = _plan(config)
+    folder = plan.folder
     with storage_errors(folder.parent):
+        found = (folder / MANIFEST).exists()
+        if found and not check:
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".{folder.name}.lock")
+        lock = folder.parent / f".{folder.name}.lock"
         with locked(lock, lambda: progress("waiting for another process that prepares this corpus", 0, None)):
-            if not (folder / MANIFEST).exists():
-                try:
-                    _run_stages(config, sources, given, settings, partial, progress)
-                except UserError:  # what mends it gives another fingerprint: nothing here would be used again
-                    shutil.rmtree(partial)
-                    raise
-                partial.rename(folder)
+            engine = _engine(config, folder)
+            if found:
+                _repair(plan, folder, engine, progress)
+            elif not (folder / MANIFEST).exists():
+                _prepare(plan, folder, engine, progress)
     return folder
 
 
-def _open(config: Config) -> tuple[list[TextSource], Tokenizer | None]:
-    """The sources and the given tokenizer, if any: mistakes show before any work is done."""
-    max_chars, workers = config.data.cleaning.max_chars, _workers(config)
-    sources = [open_source(source, max_chars, workers) for source in config.data.sources]
-    path = config.data.tokenizer.file
-    if path is None:
-        return sources, None
-    tokenizer = read_tokenizer(path)
-    if tokenizer.vocab_size != config.model.vocab_size:
+def _plan(config: Config) -> _Plan:
+    data = config.data
+    for source in data.sources:
+        check_quality(source.quality)
+    if data.cleaning.near_duplicates:
+        check_near_duplicates(data.cleaning.near_duplicates)
+    sources = [open_source(source, data.cleaning.max_chars) for source in data.sources]
+    path = data.tokenizer.file
+    tokenizer = read_tokenizer(path) if path else None
+    if tokenizer and tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
             f"data.tokenizer.file={path} has {tokenizer.vocab_size} tokens, but model.vocab_size="
             f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or give another tokenizer"
         )
-    return sources, tokenizer
-
-
-def _workers(config: Config) -> int:
-    return config.data.workers or available_cores()
+    if tokenizer and data.windows == "packed" and not tokenizer.separator_reserved:
+        raise UserError(
+            f"data.windows=packed: data.tokenizer.file={path} has its unknown token between documents, which a text may "
+            "hold too, so documents cannot be told apart; add the special token <|endoftext|> to the tokenizer, or set "
+            "data.windows=contiguous"
+        )
+    return _Plan(config, sources, tokenizer, _settings(config, sources, tokenizer))
 
 
 def _settings(config: Config, sources: list[TextSource], given: Tokenizer | None) -> dict[str, Any]:
-    """Everything that changes the contents of the corpus."""
     data, file = config.data, config.data.tokenizer.file
-    libraries = ("ftfy", "tokenizers" if isinstance(given, FastTokenizer) else "sentencepiece")
+    cleaning = data.cleaning.model_dump(mode="json")
+    libraries = ["ftfy", "tokenizers" if isinstance(given, FastTokenizer) else "sentencepiece"]
+    if data.cleaning.near_duplicates:
+        libraries.append("datasketch")
+    if any(source.quality.languages for source in data.sources):
+        libraries.append("py3langid")
+    if data.cleaning.decontaminate:
+        cleaning["decontaminate"] = load_contamination(data.cleaning.decontaminate, data.cleaning.max_chars).settings()
     return {
         "format": _FORMAT,
         "sources": [source.settings() for source in sources],
-        "cleaning": data.cleaning.model_dump(mode="json"),
+        "quality": [source.quality.model_dump(mode="json") for source in data.sources],
+        "cleaning": cleaning,
         "tokenizer": {"sha256": sha256_of(file)} if file else {"sample_bytes": data.tokenizer.sample_bytes},
         "vocab_size": config.model.vocab_size,
         "validation_fraction": data.validation_fraction,
@@ -128,50 +181,153 @@ def _settings(config: Config, sources: list[TextSource], given: Tokenizer | None
     }
 
 
-def _folder(config: Config, sources: list[TextSource], settings: dict[str, Any]) -> Path:
-    labels = [re.sub(r"[^A-Za-z0-9_.-]+", "_", source.label).strip("._-") or "text" for source in sources]
-    name = "+".join(dict.fromkeys(labels))[:80]
-    return Path(config.data.root) / f"{name}-{fingerprint_of(settings)}"
+def _engine(config: Config, folder: epath.Path) -> Engine:
+    if config.data.engine == "local":
+        return LocalEngine(config.data.workers)
+    from gpt1_jax.data.beam import BeamEngine  # an extra
+
+    return BeamEngine(config.data.beam_options, folder / _WORK / "errors")
 
 
-def _run_stages(
-    config: Config,
-    sources: list[TextSource],
-    given: Tokenizer | None,
-    settings: dict[str, Any],
-    partial: Path,
-    progress: Progress,
-) -> None:
-    work = partial / _WORK
-    if (partial / MANIFEST).exists():  # killed between the last two steps
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    workers = _workers(config)
-    collected = collect(sources, config.data, work, workers, progress)
-    if not (partial / FOLDER).exists():
+def _prepare(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress) -> None:
+    work = folder / _WORK
+    (work / "text").mkdir(parents=True, exist_ok=True)
+    for source in plan.sources:
+        if source.network:
+            progress(f"{source.name} needs the network: {source.network}", 0, None)
+    try:
+        manifest = _run_stages(plan, folder, work, engine, progress)
+    except UserError:  # what mends it gives another fingerprint: nothing here would be used again
+        folder.rmtree()
+        raise
+    finally:
+        forget_opened()
+    work.rmtree()
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _run_stages(plan: _Plan, folder: epath.Path, work: epath.Path, engine: Engine, progress: Progress) -> Manifest:
+    data = plan.config.data
+    collected = _collect(plan, work / "text", engine, progress)
+    if not has_documents(folder):
         progress("writing documents", 0, None)
-        records = {split: functools.partial(collected_documents, work, split) for split in SPLITS}
-        write_documents(records, partial / FOLDER, work / "tfds")
-    for split in SPLITS:
-        (work / f"{split}.jsonl").unlink(missing_ok=True)
-    if not (partial / TOKENIZER).exists():
+        name = folder.name.rpartition("-")[0]
+        kept = {split: collected.chunks_of(split) for split in SPLITS}
+        write_documents(folder, name, kept, collected.bytes, work / "text", engine.build)
+    remove_leftovers(folder)
+    if not (folder / TOKENIZER).exists():
         progress("training the tokenizer", 0, None)
-        tokenizer = given or train_tokenizer(_sample(partial, collected, config), config.model.vocab_size)
-        write_atomically(partial / TOKENIZER, tokenizer.to_bytes())
-    shards = encode_documents(partial, work, collected, config.data.shard_tokens, workers, progress)
-    progress("computing checksums", 0, None)
-    tokenizer = read_tokenizer(partial / TOKENIZER)
-    manifest = _manifest(partial, settings, collected, tokenizer, shards)
-    write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
-    shutil.rmtree(work)
+        sample = functools.partial(_sample, folder, collected.bytes["train"], data.tokenizer.sample_bytes)
+        tokenizer = plan.tokenizer or train_tokenizer(sample(), plan.config.model.vocab_size)
+        write_atomically(folder / TOKENIZER, tokenizer.to_bytes())
+    shards = _encode(collected, folder, work, data.shard_tokens, engine, progress)
+    sums = _checksums(folder, work, engine, progress)
+    return _manifest(plan, folder, collected, shards, sums)
 
 
-def _sample(partial: Path, collected: Collected, config: Config) -> Iterator[str]:
+def _collect(plan: _Plan, work: epath.Path, engine: Engine, progress: Progress) -> Collected:
+    """Stages 1 and 2; what they left is found by a second call."""
+    done = work / "collected.json"
+    if done.exists():
+        return Collected.model_validate_json(done.read_text(encoding="utf-8"))
+    data, names = plan.config.data, [source.name for source in plan.sources]
+    progress(f"reading {', '.join(names)}", 0, None)
+    parts = make_parts(plan.sources)
+    there = _names(work)
+    read = _Counter(f"reading {', '.join(names)}", None, progress)
+    engine.collect([part for part in parts if not is_complete(part.number, there)], data, work, read)
+    chunks = chunks_of(len(parts), work)
+    progress("looking for duplicates", 0, None)
+    there = _names(work)
+    if not all(dropped_file(chunk, work).name in there for chunk in chunks):
+        engine.drop_duplicates(chunks, data.cleaning, work)
+    collected = count_collected(len(parts), chunks, names, work)
+    check_collected(collected, data.validation_fraction)
+    write_atomically(done, collected.model_dump_json().encode())
+    return collected
+
+
+def _encode(
+    collected: Collected, folder: epath.Path, work: epath.Path, shard_tokens: int, engine: Engine, progress: Progress
+) -> tuple[Shard, ...]:
+    ranges = plan_ranges(collected.documents, collected.bytes)
+    there = _names(work)
+    left = [documents for documents in ranges if f"{documents.name}.ends.npy" not in there]
+    _run(engine, "encoding, in parts", functools.partial(encode_range, corpus=folder, work=work), left, progress)
+    plans = plan_shards(ranges, work, shard_tokens)
+    there = _names(folder)
+    unwritten = [plan for plan in plans if plan.shard.offsets_file not in there]
+    _run(engine, "writing shards", functools.partial(write_shard, corpus=folder, work=work), unwritten, progress)
+    return tuple(plan.shard for plan in plans)
+
+
+def _checksums(folder: epath.Path, work: epath.Path, engine: Engine, progress: Progress) -> dict[str, FileSum]:
+    """The checksum of every file of the corpus, by relative path."""
+    documents = [path for path in (folder / FOLDER).glob("*/*/*")]
+    paths = [*documents, *(path for path in folder.iterdir() if path.name not in (FOLDER, _WORK))]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    notes = work / "sums"
+    notes.mkdir(exist_ok=True)
+    _run(engine, "computing checksums", functools.partial(_note_checksum, folder=folder, notes=notes), names, progress)
+    return {name: FileSum.model_validate_json(_note(name, notes).read_text()) for name in names}
+
+
+def _note(name: str, notes: epath.Path) -> epath.Path:
+    return notes / f"{name.replace('/', '~')}.json"
+
+
+def _note_checksum(name: str, folder: epath.Path, notes: epath.Path) -> None:
+    file = FileSum(bytes=(folder / name).stat().length, sha256=sha256_of(folder / name))
+    write_atomically(_note(name, notes), file.model_dump_json().encode())
+
+
+def _repair(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress) -> None:
+    """Rebuilds what is damaged: shards from the documents; anything else, and all that follows from it, anew."""
+    manifest = read_manifest(folder)
+    damaged = {problem.file for problem in verify_corpus(Corpus(folder), progress)} & set(manifest.files)
+    shards = [shard for shard in manifest.shards if {shard.file, shard.offsets_file} & damaged]
+    if damaged - {name for shard in shards for name in (shard.file, shard.offsets_file)}:
+        progress("the documents or the tokenizer are damaged: preparing the corpus again", 0, None)
+        folder.rmtree()
+        _prepare(plan, folder, engine, progress)
+    elif shards:
+        names, work = ", ".join(shard.file for shard in shards), folder / _WORK
+        work.mkdir(exist_ok=True)
+        rebuild = functools.partial(rebuild_shard, corpus=folder, work=work)
+        _run(engine, f"rebuilding {names}", rebuild, shards, progress)
+        work.rmtree()
+        forget_opened()
+    for name in sorted(damaged):
+        if what := damage_of(folder / name, manifest.files[name]):
+            raise DamagedError(f"{folder / name}: made again, it {what}; remove the folder and prepare the corpus anew")
+
+
+def _run(engine: Engine, stage: str, function: Callable[[Any], None], items: Sequence[Any], progress: Progress) -> None:
+    if items:
+        progress(stage, 0, len(items))
+        engine.run(function, items, _Counter(stage, len(items), progress))
+
+
+class _Counter:
+    """Adds up what is done of a stage."""
+
+    def __init__(self, stage: str, total: int | None, progress: Progress) -> None:
+        self._stage, self._total, self._progress, self._done = stage, total, progress, 0
+
+    def __call__(self, more: int) -> None:
+        self._done += more
+        self._progress(self._stage, self._done, self._total)
+
+
+def _names(folder: epath.Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _sample(corpus: epath.Path, size: int, wanted_bytes: int) -> Iterator[str]:
     """Documents of the training split, evenly spaced through it, up to ``data.tokenizer.sample_bytes`` bytes."""
-    reader = DocumentReader(partial, "train")
-    left = config.data.tokenizer.sample_bytes
-    wanted = min(len(reader), max(1, left * len(reader) // collected.bytes["train"]))
+    reader = DocumentReader(corpus, "train")
+    left = wanted_bytes
+    wanted = min(len(reader), max(1, left * len(reader) // size))
     for number in range(wanted):
         text = reader[number * len(reader) // wanted][0]
         encoded = text.encode()
@@ -182,18 +338,17 @@ def _sample(partial: Path, collected: Collected, config: Config) -> Iterator[str
 
 
 def _manifest(
-    partial: Path,
-    settings: dict[str, Any],
+    plan: _Plan,
+    folder: epath.Path,
     collected: Collected,
-    tokenizer: Tokenizer,
     shards: tuple[Shard, ...],
+    files: Mapping[str, FileSum],
 ) -> Manifest:
-    files = sorted(path for path in partial.rglob("*") if path.is_file() and partial / _WORK not in path.parents)
-    fingerprint = fingerprint_of(settings)
+    tokenizer = read_tokenizer(local_copy(folder / TOKENIZER))
     return Manifest(
-        name=partial.name.removeprefix(".").removesuffix(f"-{fingerprint}.partial"),
-        fingerprint=fingerprint,
-        settings=settings,
+        name=folder.name.rpartition("-")[0],
+        fingerprint=fingerprint_of(plan.settings),
+        settings=plan.settings,
         vocab_size=tokenizer.vocab_size,
         separator_id=tokenizer.separator_id,
         dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
@@ -209,8 +364,5 @@ def _manifest(
             for split in SPLITS
         },
         shards=shards,
-        files={
-            path.relative_to(partial).as_posix(): FileSum(bytes=os.path.getsize(path), sha256=sha256_of(path))
-            for path in files
-        },
+        files=dict(files),
     )

@@ -1,52 +1,174 @@
-"""Files that are whole or absent, one writer at a time, and storage faults under their own name."""
+"""Files that are whole or absent, here or in a bucket; one writer at a time; storage faults under their own name.
 
+A path is a bucket's if it has a scheme, ``gs://`` or ``s3://``, and is a local one otherwise. Object storage has no
+append, no rename and no lock; one put replaces an object as a whole, or does not.
+"""
+
+import atexit
 import contextlib
 import errno
 import fcntl
+import functools
+import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from gpt1_jax.errors import StorageError
+import fsspec
+
+from gpt1_jax.errors import GPT1Error, StorageError, UserError
+
+AnyPath = str | os.PathLike[str]
 
 # Of an OSError: the disk is full, read-only or failing, access is denied, or something else has the place of the path.
 FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOLCK}
     | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 )
+# The packages that speak to buckets; what they raise themselves, and not in the name of Python, is the storage's fault.
+_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"})
+
+# Listings are not kept: TensorStore and other processes write behind fsspec's back.
+for _protocol in ("gcs", "gs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to the disk, and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
+def is_remote(path: AnyPath) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def file_system(path: AnyPath) -> tuple[Any, str]:
+    """The fsspec file system of a path, local or remote, and the path's name there."""
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+def write_atomically(path: AnyPath, content: bytes) -> None:
+    """Writes a file: under a temporary name, flushed to the disk, and renamed; or by one put.
+
+    Args:
+        path: of the file; its folder exists, or its bucket.
+        content: of the file.
+
+    Raises:
+        StorageError: if there is no such bucket.
+    """
+    if is_remote(path):
+        remote, name = file_system(path)
+        with _putting(path):
+            remote.pipe_file(name, content)
+        return
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    temporary.write_bytes(content)
+    put_file(temporary, path)
+
+
+def put_file(local: Path, path: AnyPath) -> None:
+    """Moves a finished local file to its place: uploaded, or flushed to the disk and renamed on its file system.
+
+    Raises:
+        StorageError: if there is no such bucket.
+    """
+    if is_remote(path):
+        remote, name = file_system(path)
+        with _putting(path):
+            remote.put_file(os.fspath(local), name)
+        local.unlink()
+        return
+    with open(local, "rb") as file:
         os.fsync(file.fileno())
-    temporary.replace(path)
+    local.replace(path)
+
+
+def make_folder(path: AnyPath) -> None:
+    """Makes a folder and those above it where need be; a bucket has none, and a missing bucket is not made."""
+    if not is_remote(path):
+        os.makedirs(path, exist_ok=True)
 
 
 @contextlib.contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Turns a full, read-only or failing disk into an error that says so.
+def _putting(path: AnyPath) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"{os.fspath(path)}: there is no such bucket; make it, or write elsewhere") from None
+
+
+def local_copy(path: AnyPath) -> Path:
+    """A file to read on this machine: itself, or a copy that lasts as long as this process.
+
+    An object is downloaded once, and again when it has changed.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+    """
+    if not is_remote(path):
+        return Path(path)
+    remote, name = file_system(path)
+    version = hashlib.sha256(f"{name} {remote.ukey(name)}".encode()).hexdigest()
+    copy = _copies() / version / os.path.basename(name)
+    if not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as file:
+            remote.get_file(name, file.name)
+        os.replace(file.name, copy)
+    return copy
+
+
+@functools.cache
+def _copies() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="gpt1-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def storage_fault(error: BaseException) -> GPT1Error | None:
+    """What to tell the user of an error, if it is the storage's: full, read-only, forbidden, out of reach."""
+    missing = getattr(error.__cause__, "name", None)
+    if isinstance(error, ImportError) and missing in ("gcsfs", "s3fs"):
+        return UserError(f"gs:// and s3:// need packages that are not here: {error}; pip install 'gpt1-jax[cloud]'")
+    of_client = type(error).__module__.partition(".")[0] in _CLIENTS
+    if of_client or (isinstance(error, OSError) and (error.errno in FAULTS or is_remote(str(error.filename)))):
+        return StorageError(f"{error}; make room, get access or write elsewhere, and run the same command again")
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(folder: AnyPath) -> Iterator[None]:
+    """Turns a full, read-only, failing or unreachable storage into an error that says so.
+
+    Args:
+        folder: what is read or written inside. Where it is remote, every OSError is the storage's fault, but for that
+            of a file that is not there.
 
     Raises:
         StorageError: naming the folder.
+        UserError: if the package that reaches the folder is not installed.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in FAULTS:
+    except Exception as error:
+        fault = storage_fault(error)
+        if fault is None and is_remote(folder) and isinstance(error, OSError):
+            fault = StorageError(f"{error}; run the same command again")
+        if fault is None or isinstance(error, FileNotFoundError):
             raise
-        raise StorageError(
-            f"{folder}: cannot write: {error}; make room, get access or set data.root elsewhere, and run the same "
-            "command again"
-        ) from None
+        raise type(fault)(f"{os.fspath(folder)}: {fault}") from None
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds an exclusive lock, waiting for it if need be; it falls with the process. The file is removed at the end."""
+def locked(path: AnyPath, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds an exclusive lock, waiting for it if need be; it falls with the process. The file is removed at the end.
+
+    Object storage has no lock that falls with its holder, and needs none: two processes that prepare the same corpus
+    write the same bytes under the same names.
+    """
+    if is_remote(path):
+        yield
+        return
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -60,13 +182,13 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink()
+                os.unlink(path)
             return
         finally:
             os.close(descriptor)
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
+def _is_file(descriptor: int, path: AnyPath) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -1,6 +1,11 @@
-"""Training examples: random contiguous windows of tokens, as a pure function of their global index."""
+"""Training examples: random contiguous windows of tokens, as a pure function of their global index.
 
-from collections.abc import Sequence
+Packed windows (``data.windows``) are the same windows: what sets their documents apart is made of the tokens on the
+devices (gpt1_jax/model/segments.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,6 +14,20 @@ from gpt1_jax.data import order
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.manifest import Split
 from gpt1_jax.errors import UserError
+
+
+class Places(NamedTuple):
+    """Where examples come from, int64 [n] each.
+
+    Attributes:
+        sources: index into the sources of the corpus.
+        epochs: how many times the source was gone through before.
+        starts: position, in the stream of the split, of the first token.
+    """
+
+    sources: np.ndarray
+    epochs: np.ndarray
+    starts: np.ndarray
 
 
 class RandomWindows:
@@ -22,20 +41,22 @@ class RandomWindows:
     ``2 * context_length``, are left out of that epoch and taken up by others. A source too short for that but long
     enough for one window gives one, at a random place.
 
-    The sources are mixed in exact proportion to weight x tokens (:class:`gpt1_jax.data.order.Mixture`); each runs
-    through its epochs at its own pace.
+    The sources are mixed in exact proportion to weight x tokens (:class:`gpt1_jax.data.order.Mixture`), and where the
+    weights change, in each phase of them (:class:`gpt1_jax.data.order.Curriculum`); each source runs through its epochs
+    at its own pace.
 
     Args:
         corpus: a prepared corpus.
         context_length: tokens that the model sees; a window has one more.
         seed: of the run.
-        weights: one for each source; None: 1 for all. A source with weight 0 is left out.
+        weights: one for each source, a number or a mapping from the example from which it holds to a number; None: 1
+            for all. A source that has only the weight 0 is left out.
         split: of the corpus.
 
     Attributes:
         context_length: as given.
         windows_per_epoch: of each source, int64.
-        quotas: examples of each source in a period of the mixture, int64.
+        quotas: examples of each source in a period of the mixture of each phase, int64 [phases, sources].
 
     Raises:
         UserError: if a source is shorter than a window, a weight is too small, or the weights do not match.
@@ -47,7 +68,7 @@ class RandomWindows:
         corpus: Corpus,
         context_length: int,
         seed: int,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float | Mapping[int, float]] | None = None,
         split: Split = "train",
     ):
         tokens = corpus.source_tokens(split)
@@ -59,7 +80,8 @@ class RandomWindows:
                 f"{len(tokens)} ({', '.join(names)}); run 'gpt1 prepare' with this configuration"
             )
         for name, weight, count in zip(names, weights, tokens, strict=True):
-            if weight > 0 and count < context_length + 1:
+            drawn = any(weight.values()) if isinstance(weight, Mapping) else weight > 0
+            if drawn and count < context_length + 1:
                 raise UserError(
                     f"{corpus.folder}: source '{name}' has {count} tokens in the {split} split, fewer than the "
                     f"{context_length + 1} of one window (context_length={context_length}, and the token to predict); "
@@ -68,21 +90,26 @@ class RandomWindows:
         self.context_length = context_length
         self._seed = seed
         self._stream = corpus.tokens(split)
-        self._mixture = order.Mixture(weights, tokens, names)
-        self.quotas = self._mixture.quotas
+        self._curriculum = order.Curriculum(weights, tokens, names)
+        self.quotas = self._curriculum.quotas
         sizes = np.array(tokens, np.int64)
         self._begin = np.cumsum(sizes) - sizes  # where each source begins in the stream of the split
         self.windows_per_epoch = np.maximum((sizes - context_length) // context_length, 1)
         self._offsets = np.minimum(sizes - self.windows_per_epoch * context_length, context_length)
 
-    def starts(self, examples: ArrayLike) -> np.ndarray:
-        """Position, in the stream of the split, of the first token of each example; int64 [n]."""
-        source, drawn = self._mixture.locate(np.atleast_1d(examples))
+    def places(self, examples: ArrayLike) -> Places:
+        """Where the examples of the given global indices come from."""
+        source, drawn = self._curriculum.locate(np.atleast_1d(examples))
         count = self.windows_per_epoch[source]
         epoch, index = np.divmod(drawn, count)
         key = order.make_key(self._seed, source, epoch)
         window = order.permute(index, count, key)
-        return self._begin[source] + order.draw(key, self._offsets[source]) + window * self.context_length
+        start = self._begin[source] + order.draw(key, self._offsets[source]) + window * self.context_length
+        return Places(source, epoch, start)
+
+    def starts(self, examples: ArrayLike) -> np.ndarray:
+        """Position, in the stream of the split, of the first token of each example; int64 [n]."""
+        return self.places(examples).starts
 
     def examples(self, indices: ArrayLike) -> np.ndarray:
         """Examples by their global indices.

@@ -25,6 +25,7 @@ from gpt1_jax.config import Config
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.windows import Window, windows
 from gpt1_jax.model.cross_entropy import token_nats
+from gpt1_jax.model.segments import document_starts
 from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.training.mesh import axis_size, batch_sharding, replicated
 
@@ -76,7 +77,8 @@ class Evaluator:
         config: the run, ``model.dtype`` resolved. ``evaluation.batch_size`` is rounded up to a multiple of the
             devices that a batch is split over.
         mesh: the devices.
-        separator_id: the token that comes before the first document.
+        separator_id: the token that comes before the first document, and ends each. A model trained on packed windows
+            is evaluated on such: no document sees another, and positions count from its beginning.
     """
 
     def __init__(self, config: Config, mesh: Mesh, separator_id: int):
@@ -88,7 +90,8 @@ class Evaluator:
         self._sharding = batch_sharding(mesh)
         self._separator_id = separator_id
         self._nats = jax.jit(
-            lambda params, tokens_BT: _window_nats(config, params, tokens_BT), out_shardings=replicated(mesh)
+            lambda params, tokens_BT: _window_nats(config, params, tokens_BT, separator_id),
+            out_shardings=replicated(mesh),
         )
 
     def __call__(self, params: Params, stream: Tokens, max_tokens: int | None = None) -> Score:
@@ -140,19 +143,23 @@ class Evaluator:
         return jax.make_array_from_callback(shape, self._sharding, rows)
 
 
-def _window_nats(config: Config, params: Params, tokens_BT: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
+def _window_nats(
+    config: Config, params: Params, tokens_BT: Int[Array, "B T+1"], separator_id: int
+) -> Float[Array, "B T"]:
     """Nats of every token but each window's first; those of the padding mean nothing."""
     model = bind(config.model, params)
     real_BT = tokens_BT[:, 1:] != _PADDING
     tokens_BT = jnp.maximum(tokens_BT, 0)
-    targets_BT = tokens_BT[:, 1:]
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    masked, packed = config.model.objective == "masked", config.data.windows == "packed"
+    starts_BT = document_starts(targets_BT if masked else inputs_BT, separator_id) if packed else None
 
     def nats(inputs_BT: Array, mask_BTS: Array | None) -> Array:
-        x_BTD, _ = model(inputs_BT, mask_BTS=mask_BTS)
+        x_BTD, _ = model(inputs_BT, mask_BTS=mask_BTS, starts_BT=starts_BT)
         return token_nats(x_BTD, model.output_table, targets_BT, config.model.loss_chunk, config.model.logit_cap)
 
-    if config.model.objective != "masked":
-        return nats(tokens_BT[:, :-1], None)  # padding on the right changes nothing before it
+    if not masked:
+        return nats(inputs_BT, None)  # padding on the right changes nothing before it
 
     period = config.evaluation.mask_period
 

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 import yaml
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt1_jax.config import CheckpointConfig, Config, EvaluationConfig, ModelConfig
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.storage import AnyPath, is_remote, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.interop.layout import POSITIONS, PREFIX, TOKENS, inexpressible, params_from, public_shapes
 from gpt1_jax.interop.original import is_original, read_original
 from gpt1_jax.interop.original_tokenizer import original_tokenizer
 from gpt1_jax.interop.safetensors_files import Weights
-from gpt1_jax.interop.staging import check_new, staged
+from gpt1_jax.interop.staging import check_new, in_bucket, staged
 from gpt1_jax.model.layers import NORM_EPSILON
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
@@ -67,12 +68,12 @@ class _Source:
     tied: bool = True
 
 
-def import_run(folder: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) -> Config:
     """Makes a run of a model that was trained elsewhere; the run is there whole or not at all.
 
     Args:
         folder: with a model in the public format, or the authors' release.
-        run_dir: the run to make.
+        run_dir: the run to make, local or in a bucket.
         overrides: of the run's configuration, ``section.key=value`` each, but for what the model itself fixes.
 
     Returns:
@@ -82,6 +83,7 @@ def import_run(folder: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Co
         UserError: if the run exists, or the model is not one that this project can be; naming everything that is wrong.
         DamagedError: if a file is missing, truncated or altered.
     """
+    run_dir = epath.Path(run_dir)
     check_new(run_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give one that holds a model (docs/interop.md)")
@@ -95,7 +97,7 @@ def import_run(folder: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Co
         )
     _refuse(folder, source.problems + problems)
     params = params_from(lambda name: source.read(stored[name]), config.model)
-    with staged(run_dir) as made:
+    with in_bucket(run_dir) if is_remote(run_dir) else staged(Path(run_dir)) as made:
         files = RunFiles(config.to_yaml(), source.tokenizer.to_bytes(), examples=0, corpus=None)
         with Checkpoints(made, CheckpointConfig()) as checkpoints:
             checkpoints.save_imported(params, files)
@@ -213,7 +215,7 @@ def _fast_size(path: Path) -> int:
         raise DamagedError(f"{path}: not a tokenizer of the tokenizers library: {error}; fetch it again") from None
 
 
-def _run_config(values: Mapping[str, Any], folder: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
+def _run_config(values: Mapping[str, Any], folder: Path, run_dir: epath.Path, overrides: Sequence[str]) -> Config:
     """The run's configuration: what the model fixes, the user's overrides, and the defaults.
 
     Raises:

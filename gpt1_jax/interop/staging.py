@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from gpt1_jax.data.storage import locked
 from gpt1_jax.errors import UserError
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Path | epath.Path) -> None:
     """Checks that nothing is in a folder that is about to be made.
 
     Raises:
@@ -45,6 +47,23 @@ def staged(folder: Path) -> Iterator[Path]:
             hidden.rename(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_bucket(folder: epath.Path) -> Iterator[epath.Path]:
+    """Gives a folder itself, since a bucket's cannot be renamed; if something goes wrong, it is emptied.
+
+    What makes it complete for a reader is to be written into it last.
+
+    Raises:
+        UserError: if something is in it already.
+    """
+    check_new(folder)
+    try:
+        yield folder
+    except BaseException:
+        folder.rmtree(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -48,6 +48,7 @@ def dot_product_attention(
     v_BSKH: Float[Array, "B S K H"],
     *,
     mask_BTS: Bool[Array, "#B #T S"] | None = None,
+    starts_BT: Int[Array, "B T"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     implementation: str = "xla",
@@ -59,6 +60,7 @@ def dot_product_attention(
         k_BSKH: keys; query head n reads head n K / N of them (Ainslie et al. 2023, grouped-query attention).
         v_BSKH: values.
         mask_BTS: which key each query may see; None means causal, query t sees keys 0 to t (then S = T).
+        starts_BT: of the causal form, where the document of each position begins: query t sees keys from there to t.
         dropout_rate: probability with which an attention probability is zeroed.
         dropout_key: random key of that dropout; None switches it off.
         implementation: of the causal form, a value of ``model.attention``.
@@ -70,7 +72,7 @@ def dot_product_attention(
     if mask_BTS is None:
         q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
         seed = None if dropout_key is None else seed_of(dropout_key)
-        return _CAUSAL[implementation](q_BNTH, k_BNTH, v_BNTH, seed, dropout_rate).swapaxes(1, 2)
+        return _CAUSAL[implementation](q_BNTH, k_BNTH, v_BNTH, seed, dropout_rate, starts_BT).swapaxes(1, 2)
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS * scale, _MASKED), axis=-1)
@@ -102,6 +104,7 @@ class Attention(nnx.Module):
         positions_BT: Int[Array, "#B T"],
         *,
         mask_BTS: Bool[Array, "#B #T S"] | None = None,
+        starts_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
@@ -113,6 +116,7 @@ class Attention(nnx.Module):
             x_BTD: the T new positions.
             positions_BT: the number of each.
             mask_BTS: which keys each query may see; None means causal within ``x_BTD``.
+            starts_BT: without a mask, where the document of each position begins.
             cache: keys and values of S slots, of which this layer's T are overwritten from ``slot`` on.
             layer: with a cache, which layer this is.
             slot: first slot of the new positions.
@@ -138,6 +142,7 @@ class Attention(nnx.Module):
             k_BSKH,
             v_BSKH,
             mask_BTS=mask_BTS,
+            starts_BT=starts_BT,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             implementation=self.implementation,

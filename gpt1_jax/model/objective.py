@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.segments import document_starts
 
 # Devlin et al. 2019, "BERT", section 3.1.
 _PREDICTED = 0.15  # of the tokens
@@ -24,15 +25,22 @@ class Task(NamedTuple):
         targets_BT: what it is to predict at each position, int32.
         weights_BT: of each prediction in the loss, float32; they sum to 1.
         mask_BTS: which keys each query may see; None: as the model has it without one.
+        starts_BT: of packed windows, where in its row the document of each position begins; None: of contiguous ones.
     """
 
     inputs_BT: Int[Array, "B T"]
     targets_BT: Int[Array, "B T"]
     weights_BT: Float[Array, "B T"]
     mask_BTS: Bool[Array, "B T S"] | None
+    starts_BT: Int[Array, "B T"] | None = None
 
 
-def make_task(config: ModelConfig, tokens_BT: Int[Array, "B W"], key: Key[Array, ""]) -> Task:
+def make_task(
+    config: ModelConfig,
+    tokens_BT: Int[Array, "B W"],
+    key: Key[Array, ""],
+    separator_id: Int[Array, ""] | int | None = None,
+) -> Task:
     """The predictions that ``model.objective`` asks for.
 
     - ``causal``: the next token at every position (paper, Eq. 1).
@@ -46,15 +54,19 @@ def make_task(config: ModelConfig, tokens_BT: Int[Array, "B W"], key: Key[Array,
         tokens_BT: windows of one token more than the model reads.
         key: random key of the draws; the causal objective has none. What is drawn depends on the global position
             alone, so it is the same on any mesh.
+        separator_id: the token that ends every document of packed windows; None: the windows are contiguous.
     """
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     match config.objective:
         case "causal":
-            return Task(inputs_BT, targets_BT, jnp.full(targets_BT.shape, 1 / targets_BT.size, jnp.float32), None)
+            weights_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size, jnp.float32)
+            task = Task(inputs_BT, targets_BT, weights_BT, None)
         case "masked":
-            return _masked(config, targets_BT, key)
+            inputs_BT = targets_BT  # before some of them are hidden: a separator may be
+            task = _masked(config, targets_BT, key)
         case "prefix":
-            return _prefix(inputs_BT, targets_BT, key)
+            task = _prefix(inputs_BT, targets_BT, key)
+    return task if separator_id is None else task._replace(starts_BT=document_starts(inputs_BT, separator_id))
 
 
 def prefix_mask(prefix_B: Int[Array, " B"], length: int) -> Bool[Array, "B T S"]:

@@ -19,6 +19,7 @@ from gpt1_jax.model.block import Block
 from gpt1_jax.model.embedding import Embedding
 from gpt1_jax.model.layers import make_norm, normal, soft_cap
 from gpt1_jax.model.products import product
+from gpt1_jax.model.segments import same_document
 
 Params = dict[str, Any]  # nested dicts of arrays, by module and parameter name
 
@@ -50,6 +51,7 @@ class GPT(nnx.Module):
         *,
         positions_BT: Int[Array, "#B T"] | None = None,
         mask_BTS: Bool[Array, "#B #T S"] | None = None,
+        starts_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         slot: Int[Array, ""] | None = None,
         dropout_key: Key[Array, ""] | None = None,
@@ -60,6 +62,8 @@ class GPT(nnx.Module):
             tokens_BT: token ids, int32.
             positions_BT: position of each token; None means 0 to T - 1.
             mask_BTS: which keys each query may see; None means causal, or all for a masked model.
+            starts_BT: where in the row the document of each token begins: it sees that document alone, and its
+                position counts from there. None: a row is one document, and ``positions_BT`` counts.
             cache: keys and values of every layer, [L, B, S, K, H], for decoding; see :func:`empty_cache`.
             slot: with a cache, the slot of the first of the T tokens.
             dropout_key: random key; None switches every dropout off.
@@ -69,6 +73,11 @@ class GPT(nnx.Module):
         """
         if mask_BTS is None and self.config.objective == "masked":
             mask_BTS = jnp.ones((1, 1, tokens_BT.shape[1]), bool)
+        if starts_BT is not None:
+            assert positions_BT is None and cache is None, "packed windows are for training and evaluation"
+            positions_BT = jnp.arange(tokens_BT.shape[1]) - starts_BT
+            if mask_BTS is not None:
+                mask_BTS &= same_document(starts_BT)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -78,7 +87,16 @@ class GPT(nnx.Module):
         def layer(x_BTD: Array, cache: KVCache | None, params: Any, index: Array | int) -> tuple[Array, KVCache | None]:
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             block = nnx.merge(definition, params)
-            return block(x_BTD, positions_BT, mask_BTS=mask_BTS, cache=cache, layer=index, slot=slot, dropout_key=key)
+            return block(
+                x_BTD,
+                positions_BT,
+                mask_BTS=mask_BTS,
+                starts_BT=starts_BT,
+                cache=cache,
+                layer=index,
+                slot=slot,
+                dropout_key=key,
+            )
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from etils import epath
 
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config
@@ -36,7 +37,7 @@ class RunRecords:
     final: Record
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunRecords]:
+def read_runs(folders: Sequence[epath.Path]) -> list[RunRecords]:
     """Reads runs, called by the names of their folders, or by their paths if two have the same name.
 
     Raises:
@@ -49,7 +50,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecords]:
     return [_read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names, strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> RunRecords:
+def _read_run(folder: epath.Path, name: str) -> RunRecords:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
     records = read_records(folder / METRICS, "step", "tokens")
@@ -70,7 +71,7 @@ def _read_run(folder: Path, name: str) -> RunRecords:
     )
 
 
-def read_samples(folder: Path) -> list[Record]:
+def read_samples(folder: epath.Path) -> list[Record]:
     """The completions in a run's folder; none before its end.
 
     Raises:
@@ -79,7 +80,7 @@ def read_samples(folder: Path) -> list[Record]:
     return read_records(folder / SAMPLES, "step", "prompt", "completion")
 
 
-def read_final(folder: Path) -> Record:
+def read_final(folder: epath.Path) -> Record:
     """The final figures in a run's folder; empty before its end.
 
     Raises:

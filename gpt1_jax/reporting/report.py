@@ -4,12 +4,12 @@ import base64
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import jinja2
+from etils import epath
 from flax.traverse_util import flatten_dict
 
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import num_parameters
 from gpt1_jax.reporting.charts import CHARTS, XAxis, draw, limit, short
@@ -18,11 +18,11 @@ from gpt1_jax.reporting.records import Record, RunRecords, read_runs
 _X_AXES: tuple[XAxis, ...] = ("step", "tokens")
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, final: Record | None = None) -> Path:
+def write_report(runs: Sequence[AnyPath], out: AnyPath | None = None, final: Record | None = None) -> epath.Path:
     """Writes the report of runs; several share every picture.
 
     Args:
-        runs: their folders.
+        runs: their folders, local or in a bucket.
         out: the page; None: ``report.html`` in the run's folder, or in the folder above if there are several. The
             pictures go into a folder beside it, of the same name without ``.html``.
         final: the runs' final figures, where they are not on disk yet.
@@ -34,15 +34,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None, final: Record | 
         UserError: if a folder holds no run or no metrics yet, or the page's name does not end in ``.html``.
         DamagedError: if a file is not what training writes.
     """
-    runs = [Path(run) for run in runs]
-    records = read_runs(runs)
-    page = Path(out) if out else (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
+    folders = [epath.Path(run) for run in runs]
+    records = read_runs(folders)
+    page = epath.Path(out) if out else (folders[0] if len(runs) == 1 else folders[0].parent) / "report.html"
     if page.suffix != ".html":
         raise UserError(f"{page}: the name of a page must end in .html, such as {page.name}.html")
     if final is not None:
         records = [dataclasses.replace(record, final=final) for record in records]
     folder = page.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     charts = []
     for chart in CHARTS:
         inline = {}

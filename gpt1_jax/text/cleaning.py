@@ -4,8 +4,9 @@ import re
 
 import ftfy
 
-from gpt1_jax.config import CleaningConfig
+from gpt1_jax.config import CleaningConfig, Quality
 from gpt1_jax.text.document import TOO_LONG, TOO_SHORT, Document, Skipped
+from gpt1_jax.text.quality import apply_quality
 
 _ASCII = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})  # noqa: RUF001
 # The authors' pattern has `\\+` in a string that is not raw: a plus sign, so that backslashes are left alone.
@@ -24,11 +25,17 @@ def standardize(text: str) -> str:
     return _SPACE.sub(" ", text).strip()
 
 
-def clean(document: Document, config: CleaningConfig) -> Document | Skipped:
-    """Repairs, standardises and filters one document.
+def clean(document: Document, config: CleaningConfig, quality: Quality) -> Document | Skipped:
+    """Repairs, filters and standardises one document.
+
+    Args:
+        document: as it was read.
+        config: of every document.
+        quality: of those of its source.
 
     Returns:
-        The cleaned document, or why it is dropped: ``surrogates`` (not Unicode text), ``too_short`` or ``too_long``.
+        The cleaned document, or why it is dropped: ``surrogates`` (not Unicode text), ``too_short``, ``too_long``, or
+        for its quality (:func:`gpt1_jax.text.quality.apply_quality`).
     """
     text, identity = document.text, document.identity
     try:
@@ -38,6 +45,10 @@ def clean(document: Document, config: CleaningConfig) -> Document | Skipped:
     if len(text) <= config.max_chars:  # a longer one is not worth repairing
         if config.fix_unicode:
             text = ftfy.fix_text(text)
+        judged = apply_quality(Document(text, identity), quality)  # by its lines, which standardising changes
+        if isinstance(judged, Skipped):
+            return judged
+        text = judged.text
         if config.standardize:
             text = standardize(text)
     if len(text) > config.max_chars:

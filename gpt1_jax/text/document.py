@@ -1,12 +1,13 @@
 """What a source of text yields: documents, and what could not become one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 # Reasons of the filters. Every other reason is invalid input, which `data.cleaning.on_invalid` rules.
-TOO_SHORT, TOO_LONG, DUPLICATE = "too_short", "too_long", "duplicate"
-FILTERS = frozenset({TOO_SHORT, TOO_LONG, DUPLICATE})
+TOO_SHORT, TOO_LONG, DUPLICATE, NEAR_DUPLICATE = "too_short", "too_long", "duplicate", "near_duplicate"
+LANGUAGE, SYMBOLS, REPETITION, CONTAMINATED = "language", "symbols", "repetition", "contaminated"
+FILTERS = frozenset({TOO_SHORT, TOO_LONG, DUPLICATE, NEAR_DUPLICATE, LANGUAGE, SYMBOLS, REPETITION, CONTAMINATED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,14 @@ class Skipped:
 
 
 class TextSource(Protocol):
-    """A source of text. Reading it twice gives the same documents in the same order, in bounded memory."""
+    """A source of text. Reading it twice gives the same documents in the same order, in bounded memory.
+
+    It can be pickled, so that other processes and machines may read it.
+    """
 
     name: str  # in the manifest, e.g. "files:books/*.txt"
     label: str  # in the corpus's folder, e.g. "books"
+    network: str | None  # what it fetches, and from where; None: it needs no network
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes what is read, for the corpus's fingerprint; cheap, and early to find mistakes.
@@ -43,6 +48,21 @@ class TextSource(Protocol):
     def read(self) -> Iterator[Document | Skipped]:
         """The documents, in a fixed order."""
         ...
+
+    def split(self) -> Sequence["TextSource"]:
+        """Smaller sources that give the same documents one after the other, to be read side by side.
+
+        What has to be done once before reading, such as a download, is done here.
+        """
+        ...
+
+
+def named(item: Document | Skipped, record: Mapping[str, Any], field: str | None) -> Document | Skipped:
+    """The document under the name that a field of its record gives it; without one, under the name that it has."""
+    name = record.get(field) if field else None
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "replace")
+    return Document(item.text, str(name)) if name not in (None, "") and isinstance(item, Document) else item
 
 
 def to_document(value: Any, identity: str, field: str) -> Document | Skipped:

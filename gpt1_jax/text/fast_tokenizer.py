@@ -29,6 +29,7 @@ class FastTokenizer:
     Attributes:
         vocab_size: number of tokens, one more than the largest.
         separator_id: the token that ends every document.
+        separator_reserved: whether no text encodes to it; false where it is the unknown token.
         unknown: the name of the token for what the vocabulary does not have, or None.
         fingerprint: SHA-256 of the JSON, hexadecimal.
 
@@ -47,7 +48,7 @@ class FastTokenizer:
             raise UserError(f"{origin}: this tokenizer has no tokens")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.unknown: str | None = getattr(self._tokenizer.model, "unk_token", None)
-        self.separator_id: int = self._separator(vocabulary, origin)
+        self.separator_id, self.separator_reserved = self._separator(vocabulary, origin)
         self.fingerprint: str = hashlib.sha256(content).hexdigest()
         self._bytes = {token: int(byte[1], 16) for name, token in vocabulary.items() if (byte := _BYTE.fullmatch(name))}
         self._byte_ids = {byte: token for token, byte in self._bytes.items()}
@@ -101,12 +102,13 @@ class FastTokenizer:
                 sound.append(token)
         return sound
 
-    def _separator(self, vocabulary: dict[str, int], origin: str) -> int:
+    def _separator(self, vocabulary: dict[str, int], origin: str) -> tuple[int, bool]:
+        """The separator, and whether it is reserved."""
         for name in SEPARATORS:
             if name in vocabulary and vocabulary[name] not in self.encode(name):
-                return vocabulary[name]
+                return vocabulary[name], True
         if self.unknown in vocabulary:
-            return vocabulary[self.unknown]
+            return vocabulary[self.unknown], False
         raise UserError(
             f"{origin}: this tokenizer has no token to put between documents: none of {', '.join(SEPARATORS)} is a "
             "special token of it, and it has no unknown token. Add one of them as a special token"

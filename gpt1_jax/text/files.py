@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from gpt1_jax.config import Files
 from gpt1_jax.errors import StorageError, UserError
 from gpt1_jax.text.compression import DAMAGE, SUFFIXES, decompressed
-from gpt1_jax.text.document import Document, Skipped, to_document
+from gpt1_jax.text.document import Document, Skipped, named, to_document
 
 _HASHED_BYTES = 256_000_000  # local files up to this size in all are told apart by content, larger ones by time
+_GROUP_BYTES, _GROUP_FILES = 64_000_000, 1000  # of files read in one go
 _ROWS = 64  # of a Parquet file held at once
 _UTF8_BYTES, _JSON_BYTES = 4, 12  # most bytes that one character takes: in UTF-8, and as \uXXXX\uXXXX
 _OTHER_FIELDS = 1_000_000  # bytes of a JSON line beside its text
@@ -33,12 +34,14 @@ _OTHER_FIELDS = 1_000_000  # bytes of a JSON line beside its text
 class FilesSource:
     """The documents of the files that some globs match: globs in the order given, files by name, each file once."""
 
-    def __init__(self, config: Files, max_chars: int) -> None:
+    def __init__(self, config: Files, max_chars: int, files: list[str] | None = None) -> None:
         self._config = config
         self._max_chars = max_chars
-        self._files = matched(config.paths)
+        self._files = matched(config.paths) if files is None else files
         self.name = f"files:{' '.join(config.paths)}"
         self.label = _label(config.paths[0])
+        remote = [path for path in self._files if "://" in path]
+        self.network = f"{len(remote):,} files, the first of them {remote[0]}" if remote else None
 
     def settings(self) -> dict[str, Any]:
         """The files with their sizes and contents (or, above 256 MB in all, times)."""
@@ -46,6 +49,7 @@ class FilesSource:
             "kind": "files",
             "paths": list(self._config.paths),
             "text_field": self._config.text_field,
+            "identity_field": self._config.identity_field,
             "files": file_states(self._files),
         }
 
@@ -63,6 +67,19 @@ class FilesSource:
                     # An outage of the network must not become a smaller corpus.
                     raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
                 yield Skipped(path, "unreadable", f"it is damaged or cannot be read: {error}")
+
+    def split(self) -> Sequence["FilesSource"]:
+        """Files in groups: a large one alone, small ones together."""
+        groups: list[list[str]] = []
+        room = 0
+        for path in self._files:
+            size = _size(path)
+            if not groups or size > room or len(groups[-1]) == _GROUP_FILES:
+                groups.append([])
+                room = _GROUP_BYTES
+            groups[-1].append(path)
+            room -= size
+        return [FilesSource(self._config, self._max_chars, group) for group in groups]
 
     def _read_file(self, path: str) -> Iterator[Document | Skipped]:
         kind = _plain(path).rpartition(".")[2].lower()
@@ -122,30 +139,35 @@ class FilesSource:
         if field not in record:
             keys = ", ".join(list(record)[:20]) or "none"
             return Skipped(identity, "missing_field", f"it has no field '{field}' (text_field); it has: {keys}")
-        return to_document(record[field], identity, field)
+        return named(to_document(record[field], identity, field), record, self._config.identity_field)
 
     def _rows(self, file: BinaryIO, path: str) -> Iterator[Document | Skipped]:
         field = self._config.text_field
         with closing(_seekable(file, path)) as seekable:
             try:
                 table = pq.ParquetFile(seekable)
-                if field not in table.schema_arrow.names:
-                    names = ", ".join(table.schema_arrow.names[:20])
-                    yield Skipped(path, "missing_field", f"it has no column '{field}' (text_field); it has: {names}")
-                    return
+                fields = {"text_field": field, "identity_field": self._config.identity_field or field}
+                for key, name in fields.items():
+                    if name not in table.schema_arrow.names:
+                        names = ", ".join(table.schema_arrow.names[:20])
+                        yield Skipped(path, "missing_field", f"it has no column '{name}' ({key}); it has: {names}")
+                        return
                 if not table.metadata.num_rows:
                     yield Skipped(path, "empty", "it has no rows")
                 row = 0
-                for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):
-                    for value in batch.column(0):
-                        yield self._cell(value, f"{path}:{row}")
+                for batch in table.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(fields.values()))):
+                    names = batch.column(fields["identity_field"])
+                    for value, name in zip(batch.column(field), names, strict=True):
+                        yield self._cell(value, name, f"{path}:{row}")
                         row += 1
             except pa.ArrowException as error:
                 yield Skipped(path, "unreadable", f"it is not a sound Parquet file: {error}")
 
-    def _cell(self, value: pa.Scalar, identity: str) -> Document | Skipped:
+    def _cell(self, value: pa.Scalar, name: pa.Scalar, identity: str) -> Document | Skipped:
         try:
-            return to_document(value.as_py(), identity, self._config.text_field)
+            document = to_document(value.as_py(), identity, self._config.text_field)
+            field = self._config.identity_field
+            return named(document, {field: name.as_py()}, field) if field else document
         except UnicodeDecodeError as error:
             return Skipped(identity, "invalid_utf8", str(error))
 
@@ -179,6 +201,17 @@ def file_states(paths: list[str]) -> list[list[Any]]:
     local = [path for path in paths if "://" not in path]
     hashed = sum(os.path.getsize(path) for path in local) <= _HASHED_BYTES
     return [_local_state(path, hashed) if "://" not in path else _remote_state(path) for path in paths]
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; none if it cannot be told, which reading it will explain."""
+    try:
+        if "://" not in path:
+            return os.path.getsize(path)
+        file_system, name = fsspec.core.url_to_fs(path)
+        return file_system.size(name) or 0
+    except OSError:
+        return 0
 
 
 def _local_state(path: str, hashed: bool) -> list[Any]:

@@ -1,20 +1,21 @@
 """Documents read with the ``datasets`` library, an optional extra that is imported only when used."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt1_jax.config import HuggingFace
 from gpt1_jax.errors import UserError
-from gpt1_jax.text.document import Document, Skipped, to_document
+from gpt1_jax.text.document import Document, Skipped, named, to_document
 from gpt1_jax.text.files import file_states, matched
 
 
 class HuggingFaceSource:
-    """A split of a dataset, streamed."""
+    """A split of a dataset, streamed shard by shard; a document's identity names shard and row."""
 
-    def __init__(self, config: HuggingFace) -> None:
+    def __init__(self, config: HuggingFace, shards: range | None = None) -> None:
         self._config = config
+        self._shards = shards  # None: all
         self.name = f"huggingface:{config.dataset}/{config.split}"
         self.label = config.dataset.rpartition("/")[2]
         try:
@@ -25,10 +26,18 @@ class HuggingFaceSource:
                 "install it with: pip install 'gpt1-jax[huggingface]'"
             ) from None
         self._files = matched(config.files)
+        local = config.files and not any("://" in path for path in self._files)
+        self.network = None if local else f"the 'datasets' library streams {config.dataset} from the Hugging Face hub"
+
+    def __reduce__(self) -> tuple:
+        return HuggingFaceSource, (self._config, self._shards)
 
     def settings(self) -> dict[str, Any]:
         """The dataset, the split, and the states of its data files if it has any."""
-        return {**self._config.model_dump(mode="json", exclude={"weight"}), "states": file_states(self._files)}
+        return {
+            **self._config.model_dump(mode="json", exclude={"weight", "quality"}),
+            "states": file_states(self._files),
+        }
 
     def read(self) -> Iterator[Document | Skipped]:
         """The records in the order of the split.
@@ -36,12 +45,22 @@ class HuggingFaceSource:
         Raises:
             UserError: if the dataset or the split cannot be opened.
         """
+        records, field = self._records(), self._config.text_field
+        count = records.num_shards
+        for shard in range(count) if self._shards is None else self._shards:
+            for row, record in enumerate(records.shard(count, shard)):
+                document = to_document(record.get(field), f"{self.name}:{shard}:{row}", field)
+                yield named(document, record, self._config.identity_field)
+
+    def split(self) -> Sequence["HuggingFaceSource"]:
+        """A shard each."""
+        return [HuggingFaceSource(self._config, range(n, n + 1)) for n in range(self._records().num_shards)]
+
+    def _records(self) -> Any:
         config = self._config
         try:
-            records = self._library.load_dataset(
+            return self._library.load_dataset(
                 config.dataset, config.subset, data_files=self._files or None, split=config.split, streaming=True
             )
         except Exception as error:  # the library raises many kinds, its own and of others
             raise UserError(f"data.sources: dataset '{config.dataset}', split '{config.split}': {error}") from None
-        for row, record in enumerate(records):
-            yield to_document(record.get(config.text_field), f"{self.name}:{row}", config.text_field)

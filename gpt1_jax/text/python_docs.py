@@ -10,7 +10,7 @@ import platform
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.document import Document, Skipped
 
 _PROJECT = "gpt1-jax"
@@ -27,16 +26,10 @@ _NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class PythonDocsSource:
-    """One document a module: its documentation strings in the order of the file, each under the name it documents.
-
-    Args:
-        workers: processes that parse.
-    """
+    """One document a module: its documentation strings in the order of the file, each under the name it documents."""
 
     name = label = "python_docs"
-
-    def __init__(self, workers: int = 1) -> None:
-        self._workers = workers
+    network = None
 
     def settings(self) -> dict[str, Any]:
         """Versions of Python and of every distribution that is read."""
@@ -49,7 +42,7 @@ class PythonDocsSource:
     def read(self) -> Iterator[Document | Skipped]:
         """The modules by distribution and path, the standard library first; each string once in the corpus."""
         seen: set[str] = set()
-        for module in ordered_map(_parse, self._modules(), self._workers):
+        for module in map(_parse, self._modules()):
             if isinstance(module, Skipped):
                 yield module
                 continue
@@ -60,6 +53,10 @@ class PythonDocsSource:
                     new.append(f"{heading}\n{text}")
             if new:
                 yield Document("\n\n".join(new), module.identity)
+
+    def split(self) -> Sequence["PythonDocsSource"]:
+        """The source itself: whether a string has been seen before depends on all modules before it."""
+        return [self]
 
     def _modules(self) -> Iterator[tuple[str, Path]]:
         library = Path(sysconfig.get_path("stdlib"))

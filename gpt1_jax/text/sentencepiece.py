@@ -43,6 +43,7 @@ class SentencePieceTokenizer:
         if not self.vocab_size:
             raise UserError(f"{origin}: not a SentencePiece model: it is empty")
         self.separator_id: int = self._separator(origin)
+        self.separator_reserved = True  # a control piece, which no text encodes to
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         decoded = self.decode(self.encode(PROBE))

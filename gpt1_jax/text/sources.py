@@ -8,20 +8,19 @@ from gpt1_jax.text.python_docs import PythonDocsSource
 from gpt1_jax.text.stories import StoriesSource
 
 
-def open_source(config: Source, max_chars: int, workers: int) -> TextSource:
+def open_source(config: Source, max_chars: int) -> TextSource:
     """Opens a source.
 
     Args:
         config: its section of the configuration.
         max_chars: ``data.cleaning.max_chars``, which bounds what is read into memory at once.
-        workers: processes that may read it; they change nothing but the time.
 
     Raises:
         UserError: if it is not there, or needs a library that is not installed.
     """
     match config:
         case PythonDocs():
-            return PythonDocsSource(workers)
+            return PythonDocsSource()
         case Stories():
             return StoriesSource(config)
         case Files():

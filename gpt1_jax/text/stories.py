@@ -34,6 +34,7 @@ from gpt1_jax.text.tales import RULES
 
 _PART = re.compile(r"<(\w+)>|{(\w+)}")
 _UNSAID = re.compile(r"[\[\]]")
+_TALES = 10_000  # tales read in one go
 Facts = Mapping[str, str]
 
 
@@ -326,9 +327,11 @@ class StoriesSource:
     """One document a tale."""
 
     name = label = "stories"
+    network = None
 
-    def __init__(self, config: Stories) -> None:
+    def __init__(self, config: Stories, numbers: range | None = None) -> None:
         self._config = config
+        self._numbers = range(config.documents) if numbers is None else numbers
 
     def settings(self) -> dict[str, Any]:
         """How many, the seed, the method of drawing and the SHA-256 of the grammar."""
@@ -343,5 +346,10 @@ class StoriesSource:
     def read(self) -> Iterator[Document | Skipped]:
         """The tales, by number; each is drawn when it is asked for."""
         tales = grammar()
-        for number in range(self._config.documents):
+        for number in self._numbers:
             yield Document(tales.sample(self._config.seed, number).text, f"stories/{number}")
+
+    def split(self) -> Sequence["StoriesSource"]:
+        """Ten thousand tales each."""
+        numbers = self._numbers
+        return [StoriesSource(self._config, numbers[at : at + _TALES]) for at in range(0, len(numbers), _TALES)]

@@ -1,10 +1,11 @@
 """What every tokenizer offers, and the one way to open a stored one, whatever its kind."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
@@ -27,6 +28,11 @@ class Tokenizer(Protocol):
     @property
     def separator_id(self) -> int:
         """The token that ends every document; no text encodes to it, or only what the vocabulary does not know."""
+        ...
+
+    @property
+    def separator_reserved(self) -> bool:
+        """Whether no text encodes to the separator, so that each one in a stream is the end of a document."""
         ...
 
     @property
@@ -74,14 +80,14 @@ def load_tokenizer(content: bytes, origin: str = "tokenizer.model") -> Tokenizer
     return kind(content, origin)
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, of either kind.
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a file, local or in a bucket, of either kind.
 
     Raises:
         UserError: if the file cannot be read, or holds no sound tokenizer.
     """
     try:
-        content = Path(path).read_bytes()
+        content = epath.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: this tokenizer cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: this tokenizer cannot be read: {error.strerror or error}") from None
     return load_tokenizer(content, str(path))

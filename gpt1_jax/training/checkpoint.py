@@ -1,17 +1,28 @@
 """Checkpoints: the one module that speaks to Orbax.
 
 A checkpoint is the folder ``checkpoints/STEP``. Orbax writes it under a temporary name and renames it when all of it is
-there, so it is complete or absent. It holds all that a run needs to go on, and all that a reader of the model needs:
+there, so it is complete or absent. In a bucket, where nothing can be renamed, the file ``commit_success.txt``, written
+last, says that all of it is there. It holds all that a run needs to go on, and all that a reader of the model needs:
 
     params/     the weights
     training/   the optimizer's state, the step, the random key
     run/        config.yaml, tokenizer.model, position.json (examples read, and the fingerprint of their corpus)
 
 The checkpoint of an imported model has no training/, and its corpus is null.
+
+Orbax writes to ``gs://`` by itself. It has no way to S3, so there a checkpoint is written on this machine and uploaded,
+and downloaded to be read.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +31,17 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.path import atomicity
 
 from gpt1_jax.config import CheckpointConfig
-from gpt1_jax.errors import DamagedError
+from gpt1_jax.data.storage import AnyPath, file_system, is_remote, storage_fault, write_atomically
+from gpt1_jax.errors import DamagedError, StorageError
 from gpt1_jax.model.transformer import Params
 from gpt1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+# How TensorStore, which raises nothing more specific than ValueError, says that a bucket does not answer or let it in.
+_OUT_OF_REACH = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED")
 
 
 @dataclass(frozen=True)
@@ -79,22 +94,62 @@ class _RestoreRunFiles(ocp.args.CheckpointArgs):
     pass
 
 
+class _UploadedPath(atomicity.CommitFileTemporaryPath):
+    """A checkpoint in a bucket that is written on this machine, and uploaded when all of it is there, its mark last."""
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> "_UploadedPath":
+        if not is_remote(final_path):  # a part of the checkpoint, already on this machine
+            return cls(final_path, final_path, **options)
+        return cls(epath.Path(tempfile.mkdtemp(prefix="gpt1-")) / final_path.name, final_path, **options)
+
+    async def finalize(self) -> None:
+        if not is_remote(self.get_final()):
+            await super().finalize()
+            return
+        await asyncio.to_thread(self._upload)
+
+    def _upload(self) -> None:
+        local, final = Path(self.get()), self.get_final()
+        files = [file for file in local.rglob("*") if file.is_file()]
+        remote, name = file_system(final)
+        remote.put([os.fspath(file) for file in files], [f"{name}/{file.relative_to(local)}" for file in files])
+        write_atomically(final / atomicity.COMMIT_SUCCESS_FILE, b"all of the checkpoint is here\n")
+        shutil.rmtree(local.parent)
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: epath.Path, items: Iterable[str]) -> Iterator[epath.Path]:
+    """A folder with some items of a checkpoint that Orbax can read: itself, or a copy on this machine."""
+    if not os.fspath(checkpoint).startswith("s3://"):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="gpt1-") as folder:
+        for item in items:
+            remote, name = file_system(checkpoint / item)
+            files = remote.find(name)
+            remote.get(files, [os.path.join(folder, item, file.removeprefix(f"{name}/")) for file in files])
+        yield epath.Path(folder)
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save when it is left.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, local or in a bucket.
         config: which checkpoints to keep; None to read only.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig | None = None):
-        self.directory = run_dir.absolute() / CHECKPOINTS
+    def __init__(self, run_dir: AnyPath, config: CheckpointConfig | None = None):
+        remote = is_remote(run_dir)
+        self.directory = epath.Path(run_dir if remote else os.path.abspath(run_dir)) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep if config else None,
             keep_period=config.keep_every if config else None,
             cleanup_tmp_directories=config is not None,
-            create=config is not None,
+            create=config is not None and not remote,  # it would make a missing bucket
             read_only=config is None,
+            temporary_path_class=_UploadedPath if os.fspath(self.directory).startswith("s3://") else None,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -108,7 +163,7 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> epath.Path:
         """Folder of a checkpoint."""
         return self.directory / str(step)
 
@@ -152,9 +207,15 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with (
+                _readable(self.path(step), items) as folder,
+                ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader,
+            ):
+                return reader.restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # of any type: Orbax raises what TensorStore finds as a bare Exception
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            if is_remote(self.directory) and _OUT_OF_REACH.search(str(error)):
+                raise StorageError(f"{self.path(step)}: cannot be read: {error}; run the same command again") from None
+            if storage_fault(error) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
                 raise  # the storage's fault
             raise DamagedError(
                 f"{self.path(step)}: the checkpoint cannot be read: {error}\n"

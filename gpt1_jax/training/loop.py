@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from gpt1_jax.config import Config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches
-from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.errors import DivergedError, Interrupted, UserError
 from gpt1_jax.model.transformer import Params, num_parameters
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.history import data_order, note_order
 from gpt1_jax.training.interrupt import Interruption
 from gpt1_jax.training.mesh import batch_sharding
 from gpt1_jax.training.metrics import MetricsLog
@@ -70,8 +70,9 @@ def train(
             state, examples = _restored(checkpoints, begin, files, config, optimizer, mesh), files.examples
 
         # ---- input
-        weights = [source.weight for source in config.data.sources]
-        windows = RandomWindows(corpus, config.context_length, config.seed, weights)
+        order = data_order(config, corpus, begin, examples)
+        note_order(config.run_dir, order)
+        windows = order.windows(corpus)
         batches = Batches(windows, config.train.batch_size, batch_sharding(mesh), examples, config.data.prefetch)
 
         # ---- log
@@ -80,7 +81,7 @@ def train(
             progress.say(_summary(config, corpus, mesh, begin))
 
             # ---- step
-            step_fn = compile_train_step(config, optimizer, mesh)
+            step_fn = compile_train_step(config, optimizer, mesh, tokenizer.separator_id)
             recorder = Recorder(config, begin, examples, log, progress)
 
             def save(step: int, state: TrainState) -> None:

@@ -1,16 +1,19 @@
 """Where a run's figures are kept: metrics.jsonl and TensorBoard; and the clock they are taken by."""
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.storage import is_remote, write_atomically
 from gpt1_jax.errors import DamagedError
 
 METRICS = "metrics.jsonl"
@@ -20,6 +23,10 @@ Record = dict[str, Any]
 
 class MetricsLog:
     """Appends to metrics.jsonl, a line per record, and mirrors the numbers to TensorBoard.
+
+    Nothing can be appended to an object in a bucket. The files of a run there grow on this machine, and are put in
+    their places by :meth:`flush`. It is called before every checkpoint, so a killed process loses only lines of steps
+    that will be made again.
 
     Args:
         config: the run.
@@ -31,18 +38,20 @@ class MetricsLog:
     """
 
     def __init__(self, config: Config, step: int):
-        self._path = config.run_dir / METRICS
+        self._run_dir = config.run_dir
+        self._remote = is_remote(self._run_dir)
+        self._folder = Path(tempfile.mkdtemp(prefix="gpt1-") if self._remote else self._run_dir)
         self.seconds = 0.0  # training time of the records kept
         kept = []
-        for record in read_records(self._path, "step", "tokens"):
+        for record in read_records(self._run_dir / METRICS, "step", "tokens"):
             if record["step"] <= step:
                 kept.append(json.dumps(record) + "\n")
                 self.seconds = record.get("seconds", self.seconds)
-        write_atomically(self._path, "".join(kept).encode())
-        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        write_atomically(self._folder / METRICS, "".join(kept).encode())
+        self._file = (self._folder / METRICS).open("a", buffering=1, encoding="utf-8")
         self._board = None
         if config.logging.tensorboard:
-            self._board = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record; ``step`` is among its keys."""
@@ -52,6 +61,16 @@ class MetricsLog:
                 if key != "step" and value is not None:
                     self._board.add_scalar(key, value, record["step"])
 
+    def flush(self) -> None:
+        """Puts the files of a run in a bucket there as they are now; those of a local run are there already."""
+        if not self._remote:
+            return
+        if self._board is not None:
+            self._board.flush()
+        for file in self._folder.rglob("*"):
+            if file.is_file():
+                write_atomically(self._run_dir / file.relative_to(self._folder), file.read_bytes())
+
     def __enter__(self) -> "MetricsLog":
         return self
 
@@ -59,9 +78,14 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._remote:
+            try:
+                self.flush()
+            finally:
+                shutil.rmtree(self._folder)
 
 
-def read_records(path: Path, *keys: str) -> list[Record]:
+def read_records(path: epath.Path, *keys: str) -> list[Record]:
     """The records of a file of JSON lines; a last line that a killed process left unfinished is passed over.
 
     Args:

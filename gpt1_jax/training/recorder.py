@@ -50,17 +50,19 @@ class Recorder:
             self._read()
 
     def drain(self) -> None:
-        """Reads what is left.
+        """Reads what is left, and has the log keep it.
 
         Raises:
             DivergedError: if a step's loss or gradient is not finite.
         """
         while self._unread:
             self._read()
+        self._log.flush()
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes and shows the figures of an evaluation."""
         self._log.write({"step": step, "tokens": self._tokens(step), **figures})
+        self._log.flush()
         self._progress.say(
             f"step {step:>7}/{self._config.train.steps} · "
             + " · ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, MeshConfig
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +26,10 @@ _FREE_KEYS = (
     "data.root",
     "data.workers",
     "data.prefetch",
+    "data.verify",
+    "data.readers",
+    "data.engine",
+    "data.beam_options",
     "model.scan_layers",
     "model.remat",
     "train.log_every",
@@ -49,7 +53,7 @@ class Run:
     """A trained model with all that is needed to use it.
 
     Attributes:
-        path: the run's folder.
+        path: the run's folder, local or in a bucket.
         config: the configuration that it was trained with.
         step: updates made.
         examples: training examples read.
@@ -59,7 +63,7 @@ class Run:
         params: the weights, float32.
     """
 
-    path: Path
+    path: epath.Path
     config: Config
     step: int
     examples: int
@@ -69,7 +73,7 @@ class Run:
     params: Params
 
 
-def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
+def open_run(path: AnyPath, mesh: Mesh | None = None) -> Run:
     """Reads the newest checkpoint of a run.
 
     Args:
@@ -81,7 +85,7 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Run:
         UserError: if there is no run, or no checkpoint yet.
         DamagedError: if the checkpoint cannot be read.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if not (path / CONFIG).exists():
         raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
     with Checkpoints(path) as checkpoints:
@@ -135,11 +139,11 @@ def write_config(config: Config) -> None:
     """Writes the resolved configuration into the run's folder, in the place of another that is there."""
     path, content = config.run_dir / CONFIG, config.to_yaml().encode()
     if not path.exists() or path.read_bytes() != content:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(config.run_dir)
         write_atomically(path, content)
 
 
-def _config_in(files: RunFiles, checkpoint: Path) -> Config:
+def _config_in(files: RunFiles, checkpoint: epath.Path) -> Config:
     return parse_config(files.config, str(checkpoint / "run" / CONFIG))
 
 

@@ -1,10 +1,11 @@
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt1_jax.data.manifest import MANIFEST, Manifest, Shard, SourceCounts, SplitCounts
+from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SourceCounts, SplitCounts
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +22,11 @@ def _write_corpus(folder: Path, sources: Sequence[Sequence[int]], dtype: str = "
         for number, size in enumerate(sizes):
             file = f"train-{source:02}-{number:05}.tokens"
             np.arange(begin, begin + size).astype(np.dtype(dtype).newbyteorder("<")).tofile(folder / file)
+            np.array([0, size], "<i8").tofile((folder / file).with_suffix(".offsets"))
             shard = {"split": "train", "source": source, "file": file, "tokens": size, "documents": 1}
             shards.append(Shard(**shard, first_document=len(shards)))
             begin += size
+    (folder / "tokenizer.model").write_bytes(b"not read")
     manifest = Manifest(
         name="tiny",
         fingerprint="0" * 16,
@@ -35,7 +38,10 @@ def _write_corpus(folder: Path, sources: Sequence[Sequence[int]], dtype: str = "
         sources=tuple(SourceCounts(name=f"source{k}", read=1, kept=1, dropped={}) for k in range(len(sources))),
         splits={"train": SplitCounts(documents=len(shards), bytes=0, words=0, tokens=begin)},
         shards=tuple(shards),
-        files={},
+        files={
+            path.name: FileSum(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in sorted(folder.iterdir())
+        },
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
     return folder

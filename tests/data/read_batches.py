@@ -1,6 +1,9 @@
 """One process of a job that reads global batches: prints what each of its devices holds, as JSON.
 
-python read_batches.py CORPUS DEVICES DATA_AXIS PROCESSES PROCESS PORT
+Two sources, of which one changes its weight on the way, in packed windows: with each row's tokens goes where the
+documents of each begin, as the devices make it of the batch.
+
+python read_batches.py '{"folder": CORPUS, ...}', the arguments of main
 """
 
 import json
@@ -13,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches
 from gpt1_jax.data.windows import RandomWindows
+from gpt1_jax.model.segments import document_starts
 
 
 class Counted:
@@ -28,23 +32,26 @@ class Counted:
         return self._examples.examples(indices)
 
 
-def main(folder, devices, data_axis, processes, process, port):
+def main(folder, schedule, end, devices, data_axis, processes, process, port, readers, position):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     mesh = jax.make_mesh((data_axis, jax.device_count() // data_axis), ("data", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    examples = Counted(RandomWindows(Corpus(folder), 8, seed=3, weights=[1.0, 2.0]))
+    weights = [1.0, {int(example): weight for example, weight in schedule.items()}]
+    examples = Counted(RandomWindows(Corpus(folder, readers=readers), 8, seed=3, weights=weights))
+    starts_of = jax.jit(lambda tokens: document_starts(tokens % 5, 0), out_shardings=sharding)  # a fifth are separators
     held = {}
-    with Batches(examples, 16, sharding, position=32, prefetch=1) as batches:
-        for _ in range(3):
-            position, batch = next(batches)
-            for shard in batch.addressable_shards:
+    with Batches(examples, 16, sharding, position=position, prefetch=1) as batches:
+        for _ in range(position, end, 16):
+            first, batch = next(batches)
+            for shard, starts in zip(batch.addressable_shards, starts_of(batch).addressable_shards, strict=True):
                 rows = range(*shard.index[0].indices(16))
-                held |= {position + i: row for i, row in zip(rows, np.asarray(shard.data).tolist(), strict=True)}
+                both = np.stack([np.asarray(shard.data), np.asarray(starts.data)], axis=1)
+                held |= {first + i: row for i, row in zip(rows, both.tolist(), strict=True)}
     print(json.dumps({"held": held, "read": examples.read}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(**json.loads(sys.argv[1]))

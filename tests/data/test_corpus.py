@@ -1,4 +1,6 @@
 import gc
+import hashlib
+import json
 import os
 
 import numpy as np
@@ -92,8 +94,90 @@ def test_shard_damaged_after_opening_is_an_error_and_not_a_signal(write_corpus, 
         stream.read(5, 6)
 
 
+def flip(path, byte):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_flipped_bit_is_found_before_a_token_of_its_shard_is_used(write_corpus, tmp_path, readers):
+    shard = write_corpus(tmp_path, [[5], [5], [5]]) / "train-01-00000.tokens"
+    flip(shard, 9)
+    stream = Corpus(tmp_path, readers=readers).tokens("train")
+    assert stream.read(0, 5).tolist() == [0, 1, 2, 3, 4]
+    expected = hashlib.sha256(np.arange(5, 10, dtype="<u2").tobytes()).hexdigest()
+    found = hashlib.sha256(shard.read_bytes()).hexdigest()
+    for windows in ([5], [10, 0, 7], [3]):  # in it, elsewhere beside it, and reaching into it
+        with pytest.raises(DamagedError) as error:
+            stream.gather(np.array(windows), 3)
+        assert str(error.value) == (
+            f"{shard}: this file of the corpus has SHA-256 {found}, its manifest says {expected}; "
+            "run 'gpt1 prepare' again: it rebuilds just that file"
+        )
+    assert stream.read(10, 15).tolist() == [10, 11, 12, 13, 14]
+
+
+def test_a_shard_of_another_corpus_is_found(write_corpus, tmp_path):
+    ours = write_corpus(tmp_path / "ours", [[5], [5]])
+    theirs = write_corpus(tmp_path / "theirs", [[4], [5]])
+    (theirs / "train-01-00000.tokens").replace(ours / "train-01-00000.tokens")
+    with pytest.raises(DamagedError, match=r"ours/train-01-00000\.tokens.*has SHA-256"):
+        Corpus(ours).tokens("train").read(4, 6)
+
+
+def test_a_trusted_corpus_is_read_as_it_is(write_corpus, tmp_path):
+    flip(write_corpus(tmp_path, [[5]]) / "train-00-00000.tokens", 0)
+    assert Corpus(tmp_path, verify=False).tokens("train").read(0, 5).tolist() == [1, 1, 2, 3, 4]
+
+
+def test_a_shard_is_checked_once(write_corpus, tmp_path, monkeypatch):
+    corpus = Corpus(write_corpus(tmp_path, [[5], [5]]))
+    checked = []
+    monkeypatch.setattr("gpt1_jax.data.corpus.damage_of", lambda path, expected: checked.append(path.name))
+    for _ in range(2):
+        stream = corpus.tokens("train")
+        stream.gather(np.array([0, 1, 4]), 3)
+    assert sorted(checked) == ["train-00-00000.tokens", "train-01-00000.tokens"]
+
+
+def test_a_manifest_without_a_checksum_is_damaged(write_corpus, tmp_path):
+    path = write_corpus(tmp_path, [[5]]) / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["files"]["train-00-00000.tokens"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedError, match=r"manifest\.json: has no checksum of train-00-00000\.tokens"):
+        Corpus(tmp_path)
+
+
+def test_readers_change_nothing(write_corpus, tmp_path):
+    folder = write_corpus(tmp_path, [[40, 3, 50], [30]])
+    starts = np.random.default_rng(0).integers(0, 115, 200)
+    expected = starts[:, None] + np.arange(8)
+    for readers in (0, 1, 3):
+        assert np.array_equal(Corpus(folder, readers=readers).tokens("train").gather(starts, 8), expected)
+
+
+def test_offsets_are_read_and_checked(write_corpus, tmp_path):
+    corpus = Corpus(write_corpus(tmp_path, [[5, 2]]))
+    offsets = corpus.offsets(corpus.manifest.shards[1])
+    assert (offsets.dtype, offsets.tolist()) == (np.int64, [0, 2])
+    path = tmp_path / "train-00-00001.offsets"
+    flip(path, 8)
+    assert Corpus(tmp_path, verify=False).offsets(corpus.manifest.shards[1]).tolist() == [0, 3]
+    with pytest.raises(DamagedError, match=r"train-00-00001\.offsets.*has SHA-256"):
+        corpus.offsets(corpus.manifest.shards[1])
+    path.write_bytes(bytes(8))
+    with pytest.raises(DamagedError, match=r"offsets.*has 8 bytes, its manifest says 16"):
+        corpus.offsets(corpus.manifest.shards[1])
+    path.unlink()
+    for verify in (True, False):
+        with pytest.raises(DamagedError, match=r"offsets.*is missing"):
+            Corpus(tmp_path, verify).offsets(corpus.manifest.shards[1])
+
+
 def test_unreadable_shard_is_a_storage_error(write_corpus, tmp_path):
-    stream = Corpus(write_corpus(tmp_path, [[5]])).tokens("train")
+    stream = Corpus(write_corpus(tmp_path, [[5]]), verify=False).tokens("train")
     shard = tmp_path / "train-00-00000.tokens"
     shard.unlink()
     shard.mkdir()

@@ -18,6 +18,8 @@ from gpt1_jax.errors import DamagedError
 
 SOURCES = [[300, 100], [500]]
 WEIGHTS = [1.0, 2.0]
+SCHEDULE, END = {0: 2.0, 41: 0.0, 55: 5.0}, 80  # of the second source; examples that are read
+SCRIPT = Path(__file__).with_name("read_batches.py")
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +65,13 @@ def test_position_beyond_ten_to_the_fifteenth(windows, device):
     assert np.array_equal(batch, windows.examples(far + np.arange(4)))
 
 
-def read_batches(folder, devices, data_axis, processes=1):
+def read_batches(processes, **settings):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).with_name("read_batches.py")
     jobs = [
         subprocess.Popen(
-            [sys.executable, script, *map(str, (folder, devices, data_axis, processes, process, port))],
+            [sys.executable, SCRIPT, json.dumps(settings | {"processes": processes, "process": process, "port": port})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,15 +83,36 @@ def read_batches(folder, devices, data_axis, processes=1):
     return [json.loads(out) for out, _ in outputs]
 
 
-@pytest.mark.parametrize("devices, data_axis, processes", [(8, 8, 1), (8, 2, 1), (4, 8, 2), (4, 4, 2)])
-def test_global_batch_is_the_same_on_any_devices_and_processes(folder, windows, devices, data_axis, processes):
-    expected = {str(g): windows.example(g).tolist() for g in range(32, 80)}
+def starts_by_hand(tokens):
+    start, starts = 0, []
+    for position, token in enumerate(tokens):
+        start = position if token % 5 == 0 else start
+        starts.append(start)
+    return starts
+
+
+@pytest.mark.parametrize(
+    "devices, data_axis, processes, readers, position",
+    [
+        (1, 1, 1, 0, 0),
+        (1, 1, 1, 4, 48),
+        (8, 8, 1, 0, 32),
+        (8, 2, 1, 4, 0),
+        (4, 8, 2, 0, 0),
+        (4, 4, 2, 4, 32),
+        (2, 8, 4, 4, 16),
+    ],
+)
+def test_any_batch_is_the_same_on_any_devices_and_processes(folder, devices, data_axis, processes, readers, position):
+    rows = RandomWindows(Corpus(folder), 8, 3, [1.0, SCHEDULE]).examples(np.arange(END)).tolist()
+    expected = {str(g): [rows[g], starts_by_hand(rows[g])] for g in range(position, END)}
     held = {}
-    for process in read_batches(folder, devices, data_axis, processes):
+    settings = {"folder": str(folder), "schedule": SCHEDULE, "end": END, "devices": devices, "data_axis": data_axis}
+    for process in read_batches(processes, **settings, readers=readers, position=position):
         assert process["held"].items() <= expected.items()
         # Each of its rows was read once, however many devices hold it (the last reads are batches made ahead).
-        assert [g for g in process["read"] if g < 80] == sorted(int(g) for g in process["held"])
-        assert len(process["held"]) == 48 // processes
+        assert [g for g in process["read"] if g < END] == sorted(int(g) for g in process["held"])
+        assert len(process["held"]) == (END - position) // processes
         held |= process["held"]
     assert held == expected
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt1_jax.data.order import PERIOD, Mixture, draw, make_key, permute
+from gpt1_jax.data.order import PERIOD, Curriculum, Mixture, draw, make_key, permute
 from gpt1_jax.errors import UserError
 
 MILLION = 1_000_000
@@ -146,3 +146,65 @@ def test_weight_too_small_is_named():
         Mixture([1.0, 1e-9], [100, 100], ["a", "b"])
     with pytest.raises(UserError, match="weight 0"):
         Mixture([0.0], [100], ["a"])
+
+
+def test_what_a_mixture_has_drawn_is_what_it_has_located():
+    mixture = Mixture([1.0, 2.5, 0.0, 1.0], [100, 70, 10, 33], ["x"] * 4)
+    source, _ = mixture.locate(np.arange(2 * PERIOD + 50))
+    for examples in (0, 1, 7, PERIOD - 1, PERIOD, PERIOD + 1, 2 * PERIOD + 50):
+        assert mixture.drawn(examples).tolist() == np.bincount(source[:examples], minlength=4).tolist()
+    assert mixture.drawn(PERIOD * 10**10).tolist() == (mixture.quotas * 10**10).tolist()
+
+
+@settings(deadline=None, max_examples=20)
+@given(sources=MIXTURES, far=st.integers(0, 10**15))
+def test_a_curriculum_of_one_phase_is_its_mixture(sources, far):
+    weights, tokens = zip(*sources, strict=True)
+    names = ["x"] * len(sources)
+    index = np.concatenate([np.arange(500), far + np.arange(500)])
+    expected = Mixture(weights, tokens, names).locate(index)
+    for schedule in (weights, [{0: weight} for weight in weights]):
+        found = Curriculum(schedule, tokens, names).locate(index)
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+SCHEDULES = st.dictionaries(st.integers(1, 3 * PERIOD // 2), st.sampled_from([0, 0.5, 1, 3]), max_size=3)
+
+
+@settings(deadline=None, max_examples=15)
+@given(sources=st.lists(st.tuples(SCHEDULES, st.integers(100, 1000)), min_size=1, max_size=4))
+def test_each_source_goes_through_all_its_examples_across_the_phases(sources):
+    # The first source is never without weight, so that there is something to draw in every phase.
+    weights = [{0: 1.0} | {at: weight or (k == 0) for at, weight in w.items()} for k, (w, _) in enumerate(sources)]
+    tokens = [count for _, count in sources]
+    curriculum = Curriculum(weights, tokens, ["x"] * len(sources))
+    count = 2 * PERIOD
+    source, drawn = curriculum.locate(np.arange(count))
+    for k in range(len(sources)):
+        assert np.array_equal(drawn[source == k], np.arange((source == k).sum()))  # brute force: one after another
+    # In each phase the sources are those of a mixture of its own, from its beginning.
+    bounds = [*sorted({at for weight in weights for at in weight}), count]
+    for phase, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        now = [weight[max(at for at in weight if at <= begin)] for weight in weights]
+        alone = Mixture(now, tokens, ["x"] * len(sources))
+        assert curriculum.quotas[phase].tolist() == alone.quotas.tolist()
+        assert np.array_equal(source[begin:end], alone.locate(np.arange(end - begin))[0])
+    shuffled = np.random.default_rng(0).permutation(count)[:1000]
+    assert np.array_equal(curriculum.locate(shuffled), [source[shuffled], drawn[shuffled]])
+
+
+def test_a_curriculum_by_hand():
+    # Equal halves, then the second alone, then three quarters of the first.
+    curriculum = Curriculum([{0: 1.0, 4: 0.0, 6: 3.0}, 1.0], [10, 10], ["a", "b"])
+    source, drawn = curriculum.locate(np.arange(14))
+    assert source.tolist() == [0, 1, 0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert drawn.tolist() == [0, 0, 1, 1, 2, 3, 2, 3, 4, 4, 5, 6, 5, 7]
+    far = 6 + 10**10 * PERIOD
+    source, drawn = curriculum.locate(far + np.array([0, 2]))
+    assert source.tolist() == [0, 1]
+    assert drawn.tolist() == [2 + 10**10 * PERIOD * 3 // 4, 4 + 10**10 * PERIOD // 4]
+
+
+def test_a_weight_that_is_too_small_in_one_phase_is_named():
+    with pytest.raises(UserError, match=r"data\.sources\.1\.weight=1e-09 is too small"):
+        Curriculum([1.0, {0: 1.0, 500: 1e-9}], [100, 100], ["a", "b"])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from etils import epath
 
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import parse_config
+from gpt1_jax.data import encode
 from gpt1_jax.data import prepare as preparation
 from gpt1_jax.data.collect import split_of
+from gpt1_jax.data.documents import read_documents
 from gpt1_jax.data.manifest import read_manifest, sha256_of
-from gpt1_jax.data.prepare import corpus_dir, prepare, read_documents
-from gpt1_jax.errors import GPT1Error, StorageError, UserError
+from gpt1_jax.data.prepare import corpus_dir, prepare
+from gpt1_jax.errors import DamagedError, GPT1Error, StorageError, UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json
 from gpt1_jax.pool import ordered_map
 from gpt1_jax.text.sentencepiece import train_tokenizer
@@ -59,11 +64,15 @@ def config(texts: Path, root: Path, *overrides: str, paths: str = "['*.jsonl', '
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
+
+
+write = encode._write
 
 
 @pytest.fixture(scope="module")
-def corpus(texts, tmp_path_factory) -> Path:
+def corpus(texts, tmp_path_factory) -> epath.Path:
     return prepare(config(texts, tmp_path_factory.mktemp("root")))
 
 
@@ -87,7 +96,7 @@ def test_checksums_cover_every_file(corpus):
     del files["manifest.json"]
     manifest = read_manifest(corpus)
     assert {name: found.sha256 for name, found in manifest.files.items()} == files
-    assert all((corpus / name).stat().st_size == found.bytes for name, found in manifest.files.items())
+    assert all(Path(corpus / name).stat().st_size == found.bytes for name, found in manifest.files.items())
     assert corpus.name == f"{manifest.name}-{manifest.fingerprint}"
     assert [path.name for path in corpus.parent.iterdir()] == [corpus.name]
 
@@ -138,11 +147,17 @@ def test_a_document_stays_in_its_split_when_others_come():
     assert 0.08 < share < 0.12
 
 
+def never(*args, **kwargs):
+    raise AssertionError("called")
+
+
 def test_second_call_does_nothing(corpus, texts, monkeypatch):
-    monkeypatch.setattr(preparation, "_run_stages", None)
-    times = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
-    assert prepare(config(texts, corpus.parent)) == corpus
-    assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == times
+    monkeypatch.setattr(preparation, "_prepare", never)
+    monkeypatch.setattr(preparation, "rebuild_shard", never)
+    times = {path: path.stat().st_mtime_ns for path in Path(corpus).rglob("*")}
+    for check in (False, True):
+        assert prepare(config(texts, corpus.parent), check=check) == corpus
+    assert {path: path.stat().st_mtime_ns for path in Path(corpus).rglob("*")} == times
 
 
 def test_folder_depends_on_contents_alone(corpus, texts):
@@ -160,9 +175,9 @@ def test_folder_depends_on_contents_alone(corpus, texts):
 
 def test_result_does_not_depend_on_workers_or_size(corpus, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt1_jax.data.collect._BATCH_CHARS", 5000)
-    monkeypatch.setattr("gpt1_jax.data.encode._JOB_BYTES", 5000)
-    # As if the corpus were above a gigabyte, where TFDS sorts records in files that only TensorFlow opens.
-    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 1000)
+    monkeypatch.setattr("gpt1_jax.data.collect._CHUNK_BYTES", 9000)
+    monkeypatch.setattr("gpt1_jax.data.encode._RANGE_BYTES", 5000)
+    monkeypatch.setattr("gpt1_jax.text.files._GROUP_FILES", 1)
     assert contents(prepare(config(texts, tmp_path, "data.workers=2"))) == contents(corpus)
 
 
@@ -170,7 +185,7 @@ def test_result_does_not_depend_on_workers_or_size(corpus, texts, tmp_path, monk
 KILLED = """
 import os, signal, sys
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.data import collect, documents, encode, prepare, storage
+from gpt1_jax.data import collect, counts, documents, encode, prepare, storage
 if __name__ == "__main__":
     module, name, calls, yaml = sys.argv[1:]
     owner, left = sys.modules["gpt1_jax.data." + module], int(calls)
@@ -191,20 +206,25 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
     [
-        ("collect", "_Collector.add", 50),
+        ("collect", "_PartWriter.add", 1),
+        ("collect", "_PartWriter.close", 1),
+        ("collect", "write_array", 1),
+        ("prepare", "count_collected", 0),
         ("documents", "_ordered", 60),
         ("prepare", "train_tokenizer", 0),
-        ("encode", "_ShardWriter.close_shard", 2),
-        ("encode", "_encode", 1),
+        ("encode", "encoded", 1),
+        ("encode", "_write", 2),
+        ("encode", "put_file", 3),
         ("prepare", "sha256_of", 3),
-        ("prepare", "shutil.rmtree", 0),
+        ("prepare", "write_atomically", 20),
     ],
 )
 def test_killed_preparation_goes_on_to_the_same_bytes(corpus, texts, tmp_path, module, name, calls):
     settings = config(texts, tmp_path)
     command = [sys.executable, "-c", KILLED, module, name, str(calls), settings.to_yaml()]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert not corpus_dir(settings).exists()
+    with pytest.raises(UserError, match="no prepared corpus here"):
+        read_manifest(corpus_dir(settings))
     assert contents(prepare(settings)) == contents(corpus)
     assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
 
@@ -215,10 +235,8 @@ def test_stages_that_are_done_are_not_redone(texts, tmp_path, monkeypatch):
         patch.setattr(preparation, "_manifest", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(settings)
-    for stage in ("write_documents", "train_tokenizer"):
-        monkeypatch.setattr(preparation, stage, None)
-    monkeypatch.setattr("gpt1_jax.data.collect._Collector", None)
-    monkeypatch.setattr("gpt1_jax.data.encode._encode", None)
+    for stage in ("make_parts", "count_collected", "write_documents", "train_tokenizer", "encode_range", "write_shard"):
+        monkeypatch.setattr(preparation, stage, never)
     assert prepare(settings) == corpus_dir(settings)
 
 
@@ -239,6 +257,58 @@ def test_two_preparers_at_once(corpus, texts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
 
 
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    file.unlink()
+    if how == "flipped":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    elif how == "truncated":
+        file.write_bytes(content[:-2])
+    elif how == "foreign":
+        file.write_bytes(bytes(len(content)))
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "foreign"])
+@pytest.mark.parametrize("name", ["train-00-00001.tokens", "validation-01-00000.offsets", "tokenizer.model"])
+def test_damage_is_mended(corpus, texts, tmp_path, monkeypatch, name, how):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    damage(folder / name, how)
+    written = []
+    monkeypatch.setattr("gpt1_jax.data.encode._write", lambda *args: written.append(args[0].file) or write(*args))
+    assert prepare(config(texts, tmp_path)) == epath.Path(folder)  # does not look
+    assert not written
+    stages = []
+    assert prepare(config(texts, tmp_path), lambda *args: stages.append(args), check=True) == epath.Path(folder)
+    assert contents(folder) == contents(corpus)
+    assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
+    if name.startswith("tokenizer"):
+        assert any("preparing the corpus again" in stage for stage, *_ in stages)
+    else:
+        assert [Path(file).stem for file in written] == [Path(name).stem]  # this shard alone
+
+
+def test_damaged_documents_are_prepared_again(corpus, texts, tmp_path):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    (file,) = folder.glob("documents/*/*/*train*")
+    damage(file, "flipped")
+    with pytest.raises(UserError, match="there is no"):  # what is gone cannot be read again: nothing is lost
+        prepare(config(tmp_path / "gone", tmp_path), check=True)
+    prepare(config(texts, tmp_path), check=True)
+    assert contents(folder) == contents(corpus)
+
+
+def test_a_shard_that_comes_out_otherwise_is_an_error(corpus, texts, tmp_path, monkeypatch):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    damage(folder / "train-00-00001.tokens", "flipped")
+    monkeypatch.setattr("gpt1_jax.data.encode.encoded", lambda *args: (np.zeros(3, "<u2"), np.array([3])))
+    with pytest.raises(DamagedError, match=r"train-00-00001\.tokens: made again, it has"):
+        prepare(config(texts, tmp_path), check=True)
+
+
 def test_given_tokenizer(texts, tmp_path):
     model = train_tokenizer([story(n) for n in range(50)], 350)
     (tmp_path / "my.model").write_bytes(model.to_bytes())
@@ -251,7 +321,7 @@ def test_given_tokenizer(texts, tmp_path):
 
 
 def test_given_fast_tokenizer(corpus, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt1_jax.data.encode._JOB_BYTES", 5000)
+    monkeypatch.setattr("gpt1_jax.data.encode._RANGE_BYTES", 5000)
     content = fast_tokenizer_json(read_tokenizer(corpus / "tokenizer.model"))
     (tmp_path / "my.json").write_bytes(content)
     given = f"data.tokenizer.file={tmp_path / 'my.json'}"
@@ -262,6 +332,17 @@ def test_given_fast_tokenizer(corpus, texts, tmp_path, monkeypatch):
     assert read_manifest(folder).tokenizer_fingerprint == hashlib.sha256(content).hexdigest()
     tokens = {path.name: path.read_bytes() for path in folder.glob("*.tokens")}
     assert tokens == {path.name: path.read_bytes() for path in corpus.glob("*.tokens")}
+
+
+def test_packed_windows_need_a_separator_that_no_text_holds(texts, tmp_path):
+    words = {word: number for number, word in enumerate(["<unk>", "the", *map(str, range(398))])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.save(str(tmp_path / "my.json"))
+    given = f"data.tokenizer.file={tmp_path / 'my.json'}"
+    with pytest.raises(UserError, match=r"data\.windows=packed: .*my\.json has its unknown token between documents"):
+        prepare(config(texts, tmp_path / "root", given, "data.windows=packed"))
+    assert not (tmp_path / "root").exists()
+    assert corpus_dir(config(texts, tmp_path / "root", given))
 
 
 def test_tokenizer_is_trained_on_a_bounded_sample(texts, tmp_path, monkeypatch):
@@ -315,7 +396,7 @@ def test_full_disk_is_a_storage_error(texts, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpt1_jax.data.encode.os.fsync", full)
+        patch.setattr("gpt1_jax.data.storage.os.fsync", full)
         with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
             prepare(config(texts, tmp_path))
     prepare(config(texts, tmp_path))
@@ -329,10 +410,10 @@ from gpt1_jax.errors import StorageError
 if __name__ == "__main__":
     name, size, yaml = sys.argv[1:]
     stage = getattr(prepare, name)
-    def limited(*args):
+    def limited(*args, **kwargs):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
-        return stage(*args)
+        return stage(*args, **kwargs)
     setattr(prepare, name, limited)
     try:
         prepare.prepare(parse_config(yaml, "test"))
@@ -341,7 +422,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("stage", "size"), [("collect", 9000), ("write_documents", 9000), ("encode_documents", 900)])
+@pytest.mark.parametrize(("stage", "size"), [("_collect", 9000), ("write_documents", 9000), ("_encode", 900)])
 def test_every_stage_reports_a_file_that_cannot_grow(corpus, texts, tmp_path, stage, size):
     settings = config(texts, tmp_path)
     command = [sys.executable, "-c", FULL, stage, str(size), settings.to_yaml()]

@@ -84,8 +84,8 @@ def test_windows_stay_in_their_source_and_sources_keep_their_share(mixed):
     starts = mixed.starts(np.arange(PERIOD))
     source = np.searchsorted([400, 450, 1450], starts, side="right")
     assert np.array_equal(source, np.searchsorted([400, 450, 1450], starts + 8, side="right"))
-    assert np.bincount(source).tolist() == mixed.quotas.tolist()
-    assert mixed.quotas.tolist() == [round(PERIOD * share / 1100) for share in (400, 200, 500)]
+    assert [np.bincount(source).tolist()] == mixed.quotas.tolist()
+    assert mixed.quotas.tolist() == [[round(PERIOD * share / 1100) for share in (400, 200, 500)]]
     # Each source goes through its own epochs.
     for k, count in enumerate(mixed.windows_per_epoch.tolist()):
         own = starts[source == k][: 5 * count].reshape(5, count)
@@ -101,7 +101,31 @@ def test_source_shorter_than_two_windows_gives_one_at_a_random_place(open_window
 def test_source_shorter_than_a_window_is_the_users_mistake(open_windows, tmp_path):
     with pytest.raises(UserError, match=r"'source1' has 10 tokens in the train split, fewer than the 11 .*lower train"):
         open_windows(tmp_path, [[50], [10]], 10)
-    assert open_windows(tmp_path, [[50], [10]], 10, weights=[1.0, 0.0]).quotas.tolist() == [PERIOD, 0]
+    assert open_windows(tmp_path, [[50], [10]], 10, weights=[1.0, 0.0]).quotas.tolist() == [[PERIOD, 0]]
+
+
+def test_a_source_goes_on_where_it_stood_when_the_weights_change(open_windows, tmp_path):
+    sources, changed = [[300, 100], [150]], [1.0, {0: 1.0, 20: 0.0, 130: 5.0}]
+    windows = open_windows(tmp_path, sources, 8, seed=3, weights=changed)
+    plain = open_windows(tmp_path, sources, 8, seed=3, weights=[1.0, 1.0])
+    index = np.arange(600)
+    found, expected = windows.places(index), plain.places(index)
+    assert np.array_equal(windows.starts(index[:20]), plain.starts(index[:20]))  # before the change
+    assert not found.sources[20:130].any()
+    for k in range(2):
+        ours, theirs = found.sources == k, expected.sources == k
+        count = min(ours.sum(), theirs.sum())
+        assert count > 100
+        assert np.array_equal(found.starts[ours][:count], expected.starts[theirs][:count])
+        assert np.array_equal(found.epochs[ours][:count], expected.epochs[theirs][:count])
+        per_epoch = int(windows.windows_per_epoch[k])
+        assert np.array_equal(found.epochs[ours], np.arange(ours.sum()) // per_epoch)
+
+
+def test_a_short_source_may_have_weight_0_in_every_phase_alone(open_windows, tmp_path):
+    assert open_windows(tmp_path, [[50], [10]], 10, weights=[1.0, {0: 0.0, 9: 0.0}]).quotas[:, 1].tolist() == [0, 0]
+    with pytest.raises(UserError, match="'source1' has 10 tokens"):
+        open_windows(tmp_path, [[50], [10]], 10, weights=[1.0, {0: 0.0, 9: 1.0}])
 
 
 def test_weights_of_another_configuration_are_the_users_mistake(open_windows, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from gpt1_jax.config import Config, EvaluationConfig, MeshConfig, ModelConfig, TrainConfig
+from gpt1_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, ModelConfig, TrainConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation import perplexity
 from gpt1_jax.evaluation.perplexity import Evaluator
@@ -90,10 +90,12 @@ def test_nats_are_those_of_a_loop_over_tokens(params, length, stride):
     np.testing.assert_allclose(score.nats, naive_nats(params, tokens.tokens, 16, stride or 16), rtol=2e-6)
 
 
-def variation_of(objective: str, stride: int | None = None, mask_period: int = 7) -> tuple[Evaluator, Config]:
+def variation_of(
+    objective: str, stride: int | None = None, mask_period: int = 7, windows: str = "contiguous"
+) -> tuple[Evaluator, Config]:
     model = MODEL.model_copy(update={"objective": objective})
     evaluation = EvaluationConfig(stride=stride, batch_size=4, sample_tokens=4, mask_period=mask_period)
-    settings = Config(model=model, evaluation=evaluation)
+    settings = Config(model=model, evaluation=evaluation, data=DataConfig(windows=windows))
     return Evaluator(settings, one_device(), SEPARATOR), settings
 
 
@@ -125,6 +127,25 @@ def test_pseudo_nats_are_those_of_each_token_hidden(length, stride, period):
 def test_a_prefix_model_is_evaluated_without_a_prefix(params):
     evaluate, _ = variation_of("prefix")
     assert evaluate(params, stream(40)) == evaluator()(params, stream(40))
+
+
+@pytest.mark.parametrize("objective", ["causal", "prefix", "masked"])
+def test_packed_documents_that_fit_their_windows_cost_what_each_costs_alone(objective):
+    # With a period of the whole window a masked model has one token hidden at a time, alone as in the window.
+    packed, settings = variation_of(objective, mask_period=16, windows="packed")
+    alone, _ = variation_of(objective, mask_period=16)
+    params = jax.tree.map(lambda leaf: leaf * 4, init_params(settings.model, jax.random.key(0)))
+    tokens = np.random.default_rng(1).integers(4, 97, 64, dtype=np.int32)
+    ends = [5, 12, 16, 17, 26, 32, 48, 50, 64]  # no document lies in two windows
+    tokens[np.array(ends) - 1] = SEPARATOR
+    if objective == "masked":  # which reads no token before its window, and a separator with the document after it
+        ends = sorted({*(end - 1 for end in ends), 16, 32, 48, 64})
+    pieces = np.split(tokens, ends)[:-1]
+    expected = [alone(params, Stream(piece)) for piece in pieces if len(piece)]
+    found = packed(params, Stream(tokens))
+    assert found.tokens == sum(score.tokens for score in expected) == 64
+    np.testing.assert_allclose(found.nats, sum(score.nats for score in expected), rtol=2e-6)
+    assert abs(alone(params, Stream(tokens)).nats - found.nats) > 1
 
 
 def test_uniform_model_costs_log_vocab_a_token(params):

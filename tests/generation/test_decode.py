@@ -11,6 +11,7 @@ from gpt1_jax.generation import decode
 from gpt1_jax.generation.decode import generate, prompt_room, stream
 from gpt1_jax.generation.sampling import GREEDY, Sampling, sample
 from gpt1_jax.model.objective import prefix_mask
+from gpt1_jax.model.segments import document_starts
 from gpt1_jax.model.transformer import bind, init_params
 
 MODEL = ModelConfig(
@@ -71,6 +72,20 @@ def test_cached_equals_uncached_token_for_token(params, scan_layers, sampling):
         got = generate(config, params, [prompt(length)], sampling=sampling, max_tokens=5, seed=7, separator_id=NEVER)
         expected = uncached(params, prompt(length), sampling=sampling, max_tokens=5, seed=7)
         assert tokens_of(got) == [expected] and len(expected) == 5
+
+
+@pytest.mark.parametrize("objective", ["causal", "prefix"])
+def test_an_empty_prompt_begins_a_document_as_packed_windows_do(objective, params):
+    # There the separator before a document has position 0, wherever in the window it stands.
+    separator, model = 5, MODEL.model_copy(update={"objective": objective})
+    config = CONFIG.model_copy(update={"model": model})
+    arguments = {"sampling": GREEDY, "max_tokens": 4, "seed": 0, "separator_id": separator}
+    (completion,) = generate(config, params, [np.zeros(0, np.int32)], **arguments)
+    window, bound = jnp.array([[7, 9, 11, separator, *completion.tokens.tolist()]]), bind(model, params)
+    mask = prefix_mask(jnp.array([2]), window.shape[1]) if objective == "prefix" else None
+    x_BTD, _ = bound(window, mask_BTS=mask, starts_BT=document_starts(window, separator))
+    predicted = np.asarray(bound.logits(x_BTD)[0, 3:].argmax(-1))
+    assert len(completion.tokens) == 4 and predicted[:4].tolist() == completion.tokens.tolist()
 
 
 def test_every_variation_is_cached_as_it_is_computed(variation):

@@ -11,6 +11,7 @@ from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.cross_entropy import cross_entropy
 from gpt1_jax.model.dropout import dropout, seed_of
 from gpt1_jax.model.products import affine, product
+from gpt1_jax.model.segments import document_starts, same_document
 
 BLOCK = 8
 LENGTHS = [1, 5, 8, 16, 19]  # below a block, one block, two, and not a multiple
@@ -27,14 +28,21 @@ def operands(length: int, batch: int = 2, heads: int = 3) -> list[jax.Array]:
     return [jax.random.normal(key, (batch, length, heads, 4)) for key in jax.random.split(jax.random.key(0), 4)]
 
 
-def with_gradients(dtype: str, length: int, rate: float, masked: bool, batch: int = 2) -> list[np.ndarray]:
+def with_gradients(
+    dtype: str, length: int, rate: float, masked: bool, batch: int = 2, packed: bool = False
+) -> list[np.ndarray]:
     """The attended values and the gradients of queries, keys and values, float32."""
     *inputs, cotangent = (x.astype(dtype) for x in operands(length, batch))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length)) if masked else None
+    starts = None
+    if packed:
+        starts = document_starts(jax.random.randint(jax.random.key(5), (batch, length), 0, 5), 0)
+        if mask is not None:
+            starts, mask = None, mask & same_document(starts)
     key = jax.random.key(7) if rate else None
 
     def attend(*inputs: jax.Array) -> jax.Array:
-        return dot_product_attention(*inputs, mask_BTS=mask, dropout_rate=rate, dropout_key=key)
+        return dot_product_attention(*inputs, mask_BTS=mask, starts_BT=starts, dropout_rate=rate, dropout_key=key)
 
     @jax.jit
     def both(cotangent: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
@@ -46,11 +54,12 @@ def with_gradients(dtype: str, length: int, rate: float, masked: bool, batch: in
     return [np.asarray(result, np.float32) for result in results]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_blocks_equal_the_explicit_mask(length, rate):
-    found = with_gradients("float32", length, rate, masked=False)
-    expected = with_gradients("float32", length, rate, masked=True)
+def test_blocks_equal_the_explicit_mask(length, rate, packed):
+    found = with_gradients("float32", length, rate, masked=False, packed=packed)
+    expected = with_gradients("float32", length, rate, masked=True, packed=packed)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
 

@@ -100,7 +100,7 @@ class Page(HTMLParser):
 def full(tmp_path_factory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "full", mfu=0.25)
     add_results(folder)
-    return write_report([folder])
+    return Path(write_report([folder]))
 
 
 def test_the_headline_holds_the_figures(full):

@@ -1,6 +1,6 @@
 import pytest
 
-from gpt1_jax.config import CleaningConfig
+from gpt1_jax.config import CleaningConfig, Quality
 from gpt1_jax.text.cleaning import clean, standardize
 from gpt1_jax.text.document import Document, Skipped
 
@@ -23,7 +23,7 @@ def test_standardize_is_the_authors(text, expected):
 
 
 def cleaned(text, **settings):
-    return clean(Document(text, "id"), CleaningConfig(**{"min_chars": 1, **settings}))
+    return clean(Document(text, "id"), CleaningConfig(**{"min_chars": 1, **settings}), Quality())
 
 
 def test_unicode_is_repaired_only_if_asked():

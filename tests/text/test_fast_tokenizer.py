@@ -97,7 +97,10 @@ def test_the_separator_is_the_first_known_name_that_no_text_gives():
     assert fast(word_level("a", special=("</s>", "<|endoftext|>"), unknown="a")).separator_id == 2
     assert fast(word_level("a", special=("<s>", "</s>"), unknown="a")).separator_id == 2
     # In the model's own vocabulary </s> is a word: the unknown token must do, as in the authors' vocabulary.
-    assert fast(word_level("a", "</s>", "<unk>", unknown="<unk>")).separator_id == 2
+    unreserved = fast(word_level("a", "</s>", "<unk>", unknown="<unk>"))
+    assert unreserved.separator_id == 2 and not unreserved.separator_reserved
+    assert unreserved.encode("b").tolist() == [2]
+    assert fast(word_level("a", special=("<s>",), unknown="a")).separator_reserved
     with pytest.raises(UserError, match=r"my\.json: .*no token to put between documents.*</s>"):
         FastTokenizer(byte_level(special=()).to_str().encode(), "my.json")
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import pickle
 import tracemalloc
 
 import fsspec
@@ -225,3 +226,31 @@ def test_label(tmp_path, monkeypatch, path, label):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     assert source(path).label == label
+
+
+def test_identity_from_a_field(tmp_path):
+    rows = [{"text": "one", "url": "https://a.org/1"}, {"text": "two", "url": ""}, {"text": "three"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"text": ["one", "two"], "number": [7, None]}
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    assert [item.identity for item in source(tmp_path / "a.jsonl", identity_field="url").read()] == [
+        "https://a.org/1",
+        f"{tmp_path}/a.jsonl:2",
+        f"{tmp_path}/a.jsonl:3",
+    ]
+    found = source(tmp_path / "b.parquet", identity_field="number").read()
+    assert list(found) == [Document("one", "7"), Document("two", f"{tmp_path}/b.parquet:1")]
+    (missing,) = source(tmp_path / "b.parquet", identity_field="url").read()
+    assert missing.reason == "missing_field" and "'url' (identity_field); it has: text, number" in missing.detail
+
+
+def test_parts_are_the_source_in_order(tmp_path, monkeypatch):
+    for number, size in enumerate([10, 30, 5, 5, 100, 0]):
+        (tmp_path / f"{number}.txt").write_text("x" * size)
+    monkeypatch.setattr("gpt1_jax.text.files._GROUP_BYTES", 40)
+    whole = source(tmp_path / "*.txt")
+    parts = [pickle.loads(pickle.dumps(part)) for part in whole.split()]
+    sizes = [[len(item.text) if isinstance(item, Document) else 0 for item in part.read()] for part in parts]
+    assert sizes == [[10, 30], [5, 5], [100], [0]]
+    assert [item for part in parts for item in part.read()] == list(whole.read())
+    assert whole.network is None

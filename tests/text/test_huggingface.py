@@ -1,4 +1,5 @@
 import json
+import pickle
 import sys
 import types
 
@@ -25,21 +26,28 @@ def test_records_and_arguments(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        return iter([{"body": "one"}, {"other": "two"}])
+        shards = [[{"body": "one"}, {"other": "two"}], [{"body": "three"}]]
+        return types.SimpleNamespace(num_shards=2, shard=lambda count, index: shards[index])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     source = HuggingFaceSource(config(dataset="me/poems", subset="en", split="test", text_field="body"))
-    first, second = source.read()
-    assert first == Document("one", "huggingface:me/poems/test:0")
+    first, second, third = items = list(source.read())
+    assert first == Document("one", "huggingface:me/poems/test:0:0")
     assert isinstance(second, Skipped)
-    assert calls == [(("me/poems", "en"), {"data_files": None, "split": "test", "streaming": True})]
+    assert third == Document("three", "huggingface:me/poems/test:1:0")
+    assert [item for part in source.split() for item in part.read()] == items
+    assert "me/poems from the Hugging Face hub" in source.network
+    assert calls[:1] == [(("me/poems", "en"), {"data_files": None, "split": "test", "streaming": True})]
     assert source.label == "poems"
 
 
 def test_library_reads_local_files(tmp_path):
-    pytest.importorskip("datasets", reason="an optional extra")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(3)))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(3)))
     source = HuggingFaceSource(config(dataset="json", files=(str(tmp_path / "*.jsonl"),)))
-    assert [item.text for item in source.read()] == ["number 0", "number 1", "number 2"]
+    assert [item.text for item in source.read()] == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2"]
+    parts = [pickle.loads(pickle.dumps(part)) for part in source.split()]
+    assert [item for part in parts for item in part.read()] == list(source.read()) and len(parts) == 2
+    assert source.network is None
     with pytest.raises(UserError, match="split 'nowhere'"):
         list(HuggingFaceSource(config(dataset="json", files=(str(tmp_path / "*"),), split="nowhere")).read())

@@ -93,15 +93,6 @@ def test_files_that_are_not_python_are_counted(packages):
     assert items[2] == Document("c\nHalf ?.", "python_docs:c.py")
 
 
-def test_workers_change_nothing(packages):
-    files = {f"m{number}.py": MODULE.replace("area", f"area {number % 3}", 1) for number in range(8)}
-    packages("alpha", {**files, "m4.py": "print 'old'"})
-    packages("project", {}, ["alpha"])
-    items = list(PythonDocsSource(workers=1).read())
-    assert len(items) > 2
-    assert list(PythonDocsSource(workers=2).read()) == items
-
-
 def test_closure_of_the_project_is_its_run_time_requirements():
     closure = runtime_closure("gpt1-jax")
     assert {"jax", "numpy", "sentencepiece", "jaxlib"} <= set(closure)

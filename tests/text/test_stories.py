@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt1_jax.config import CleaningConfig, Stories
+from gpt1_jax.config import CleaningConfig, Quality, Stories
 from gpt1_jax.text.cleaning import clean
 from gpt1_jax.text.document import Document
 from gpt1_jax.text.sources import open_source
@@ -206,7 +206,7 @@ def test_the_tales_do_not_change():
 
 
 def test_the_source_is_lazy_and_told_apart():
-    source = open_source(Stories(kind="stories", documents=10**12), max_chars=10_000, workers=2)
+    source = open_source(Stories(kind="stories", documents=10**12), max_chars=10_000)
     assert isinstance(source, StoriesSource)
     assert [tale.text for tale in itertools.islice(source.read(), 5)] == [grammar().sample(0, n).text for n in range(5)]
     one, two = (StoriesSource(Stories(kind="stories", documents=9, seed=seed)).settings() for seed in (0, 1))
@@ -224,7 +224,7 @@ def test_tales_are_plain_and_cleaning_leaves_them_alone():
     for number in range(300):
         text = grammar().sample(7, number).text
         document = Document(text, "id")
-        assert clean(document, CleaningConfig()) == document
+        assert clean(document, CleaningConfig(), Quality()) == document
         assert text.isascii() and "\n" not in text and "  " not in text and text[-1] == "."
         assert not re.search(r"\ba [aeiou]|\ban (?!hour|honest)[^aeiou]|[<>{}\[\]|/*]", text), text
         assert all(sentence[0].isupper() for sentence in re.split(r'[.?!]"? (?!asked|called|cried|croaked)"?', text))

@@ -123,6 +123,8 @@ def test_the_papers_state_is_built_without_allocating_it():
 
 # Unoptimised code compiles in a third of the time, and is one more reason to differ, which the losses must not do.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+SEPARATOR = 3
+OBJECTIVES = ["causal", "masked", "prefix"]
 MESHES = [["mesh.data=8"], ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"], ["mesh.data=1", "mesh.fsdp=8"]]
 
 
@@ -163,7 +165,7 @@ def skewed_run(model: ModelConfig, *overrides: str) -> list[float]:
     """Losses of a few steps on text that has only eight of the tokens, which any model soon learns."""
     config = config_of(model, *overrides)
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.train.steps)
-    state, step_fn = init_state(config, optimizer, mesh), compile_train_step(config, optimizer, mesh)
+    state, step_fn = init_state(config, optimizer, mesh), compile_train_step(config, optimizer, mesh, SEPARATOR)
     losses = []
     for step in range(8):
         state, metrics = step_fn(state, jax.device_put(tokens_of(config, step) % 8, batch_sharding(mesh)))
@@ -177,8 +179,26 @@ def test_every_variation_learns_the_same_on_one_device_and_on_eight(on_eight_dev
     np.testing.assert_allclose(on_eight_devices[variation_name], losses, rtol=2e-5)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_packed_windows_train_the_same_on_one_device_and_on_eight(on_eight_devices, objective):
+    model = model_of_the_meshes().model_copy(update={"objective": objective})
+    losses = skewed_run(model, "data.windows=packed")
+    np.testing.assert_allclose(on_eight_devices[f"packed {objective}"], losses, rtol=2e-5)
+    contiguous = skewed_run(model)
+    assert max(abs(a - b) for a, b in zip(losses, contiguous, strict=True)) > 1e-3
+
+
+def test_packed_windows_train_the_same_in_parts_in_a_loop_and_recomputed(tiny_model):
+    expected = skewed_run(tiny_model, "data.windows=packed")
+    looped = tiny_model.model_copy(update={"scan_layers": True, "remat": "full"})
+    np.testing.assert_allclose(skewed_run(looped, "data.windows=packed", "train.accumulation=4"), expected, rtol=2e-5)
+
+
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
+    for objective in OBJECTIVES:
+        model = model_of_the_meshes().model_copy(update={"objective": objective})
+        results[f"packed {objective}"] = skewed_run(model, "data.windows=packed", *MESHES[1])
     for name, model in json.loads((folder / "models.json").read_text()).items():
         results[name] = skewed_run(ModelConfig.model_validate(model), *MESHES[1])
     for mesh_overrides in MESHES:
