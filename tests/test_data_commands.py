@@ -129,17 +129,3 @@ def test_the_order_is_noted_where_it_changes_and_only_there(trained):
         (0, 0, 8, 0),
         (8, 64, 4, 7),
     ]
-
-
-def test_what_an_attempt_without_a_checkpoint_noted_is_replaced(tmp_path, trained):
-    from etils import epath
-
-    from gpt1_jax.training.history import data_order, note_order, order_at
-
-    config = trained.config()
-    corpus = Corpus(prepare(config))
-    run = epath.Path(tmp_path)
-    for step, seed in [(0, 1), (0, 2), (4, 2), (4, 3), (6, 3), (4, 5)]:
-        note_order(run, data_order(config.model_copy(update={"seed": seed}), corpus, step, 8 * step))
-    assert [order_at(run, step).seed for step in (1, 4, 5, 6, 9)] == [2, 2, 5, 5, 5]
-    assert order_at(run, 6).examples_of(6) == range(40, 48)

@@ -13,19 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.exceptions
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 
+from gpt1_jax.config import CheckpointConfig
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data import storage
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.integrity import Problem, verify_corpus
 from gpt1_jax.errors import DamagedError, StorageError, UserError
-from gpt1_jax.training.checkpoint import Checkpoints
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.metrics import METRICS
+from gpt1_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 OF_THE_CLOCK = ("seconds", "tokens_per_second", "mfu")
@@ -73,6 +77,10 @@ def upload(folder: epath.Path, remote: epath.Path) -> epath.Path:
     return remote
 
 
+def names_in(folder: epath.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     path = bucket / "a" / "file.txt"
     assert storage.is_remote(path) and not storage.is_remote(tmp_path)
@@ -80,7 +88,7 @@ def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     assert not path.exists() and not path.parent.exists()
     storage.write_atomically(path, b"one")
     assert path.read_bytes() == b"one"
-    assert [found.name for found in path.parent.iterdir()] == ["file.txt"]
+    assert names_in(path.parent) == ["file.txt"]
     copy = storage.local_copy(path)
     assert (copy.name, copy.read_bytes()) == ("file.txt", b"one")
     assert storage.local_copy(path) == copy
@@ -90,7 +98,7 @@ def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     assert not local.exists()
     assert storage.local_copy(path).read_bytes() == b"second"
     with storage.locked(path, lambda: pytest.fail("there is no lock to wait for")):
-        assert [found.name for found in path.parent.iterdir()] == ["file.txt"]
+        assert names_in(path.parent) == ["file.txt"]
     with pytest.raises(FileNotFoundError):
         storage.local_copy(bucket / "none")
 
@@ -135,6 +143,38 @@ def test_a_damaged_corpus_is_found_where_it_lies(bucket, corpus):
         Corpus(folder).tokens("train")
     with pytest.raises(DamagedError, match="is missing"):
         trusted.read(0, 2)
+
+
+def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
+    state = TrainState(
+        step=jnp.int32(1), params={"w": jnp.arange(6.0).reshape(2, 3)}, opt_state={"m": jnp.ones(3)}, key=jnp.arange(2)
+    )
+    files = RunFiles(config="a: 1\n", tokenizer=b"\0model", examples=8, corpus="f" * 16)
+    keep = CheckpointConfig(keep=2, keep_every=3)
+    with Checkpoints(bucket, keep) as checkpoints:
+        assert checkpoints.latest() is None
+        for step in range(1, 6):
+            checkpoints.save(step, state, files)
+        checkpoints.wait()
+        assert checkpoints.latest() == 5
+    assert names_in(bucket / "checkpoints") == ["3", "4", "5"]
+    for path in ("9/params/_METADATA", "9/run/config.yaml"):  # what a process that was killed while it saved leaves
+        storage.write_atomically(bucket / "checkpoints" / path, b"x")
+    with Checkpoints(bucket) as reader:
+        assert reader.latest() == 5
+        assert reader.read_files(5) == files
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        restored = reader.restore_state(5, abstract)
+        assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
+    with Checkpoints(bucket, keep):
+        pass
+    assert names_in(bucket / "checkpoints") == ["3", "4", "5"]
+    (bucket / "checkpoints/5/params/manifest.ocdbt").unlink()
+    with (
+        Checkpoints(bucket) as reader,
+        pytest.raises(DamagedError, match="5: the checkpoint cannot be read"),
+    ):
+        reader.restore_params(5, abstract.params)
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +245,7 @@ def test_a_run_in_a_bucket_equals_a_local_one(bucket, local_run, corpus, config_
         assert (run / name).read_bytes() == (local_run / name).read_bytes()
     with Checkpoints(run) as checkpoints:
         assert checkpoints.latest() == 12
-    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [4, 8, 12]
+    assert names_in(run / "checkpoints") == ["12", "4", "8"]
     events = [storage.local_copy(path) for path in (run / "tensorboard").iterdir()]
     assert len(events) == 2 and all(path.stat().st_size > 100 for path in events)
     assert b"<html" in (run / "report.html").read_bytes()
@@ -262,6 +302,7 @@ def test_a_run_that_is_not_there_is_the_users_mistake(bucket, gpt1):
     [
         botocore.exceptions.NoCredentialsError(),
         botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
+        ValueError("PERMISSION_DENIED: Forbidden [http_response_code='403']"),
         PermissionError(13, "Forbidden"),
         OSError(28, "No space left on device"),
     ],
@@ -279,7 +320,7 @@ def test_faults_of_storage_have_their_own_exit_code(gpt1, monkeypatch, error):
 
 
 def test_other_errors_are_not_the_storages():
-    for error in (ValueError("x"), FileNotFoundError(2, "none"), ImportError("x"), UserError("x")):
+    for error in (ValueError("x"), FileNotFoundError(2, "none"), ImportError("x"), UserError("UNAVAILABLE: x")):
         assert storage.storage_fault(error) is None
         with pytest.raises(type(error)), storage.storage_errors("s3://bucket/run"):
             raise error

@@ -167,11 +167,11 @@ class Curriculum:
     """
 
     def __init__(self, weights: Sequence[float | Mapping[int, float]], tokens: Sequence[int], names: Sequence[str]):
-        changes = {0}.union(*(weight for weight in weights if isinstance(weight, Mapping)))
-        self._first = np.array(sorted(changes), np.int64)  # example of each phase
-        self._phases = [Mixture([weight_at(w, first) for w in weights], tokens, names) for first in sorted(changes)]
+        changes = sorted({0}.union(*(weight for weight in weights if isinstance(weight, Mapping))))
+        self._first = np.array(changes, np.int64)  # example of each phase
+        self._phases = [Mixture([weight_at(weight, at) for weight in weights], tokens, names) for at in changes]
         self.quotas = np.stack([phase.quotas for phase in self._phases])
-        lengths = np.diff(self._first).tolist()
+        lengths = np.diff(changes).tolist()
         drawn = [phase.drawn(length) for phase, length in zip(self._phases, lengths, strict=False)]
         self._drawn = np.cumsum([np.zeros_like(self.quotas[0]), *drawn], axis=0)  # of each source before each phase
 

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ FAULTS = frozenset(
     | {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
 )
 # The packages that speak to buckets; what they raise themselves, and not in the name of Python, is the storage's fault.
-_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"})
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google.a", "google.cloud", "requests", "s3fs")
+# How TensorStore, which raises nothing more specific than ValueError, says that a bucket does not answer or let it in.
+_OUT_OF_REACH = re.compile(r"\b(ABORTED|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE): ")
 
 # Listings are not kept: TensorStore and other processes write behind fsspec's back.
 for _protocol in ("gcs", "gs", "s3"):
@@ -130,8 +133,10 @@ def storage_fault(error: BaseException) -> GPT1Error | None:
     missing = getattr(error.__cause__, "name", None)
     if isinstance(error, ImportError) and missing in ("gcsfs", "s3fs"):
         return UserError(f"gs:// and s3:// need packages that are not here: {error}; pip install 'gpt1-jax[cloud]'")
-    of_client = type(error).__module__.partition(".")[0] in _CLIENTS
-    if of_client or (isinstance(error, OSError) and (error.errno in FAULTS or is_remote(str(error.filename)))):
+    if isinstance(error, GPT1Error):  # which says itself what it is
+        return None
+    of_client = type(error).__module__.startswith(_CLIENTS) or _OUT_OF_REACH.search(str(error))
+    if of_client or (isinstance(error, OSError) and error.errno in FAULTS):
         return StorageError(f"{error}; make room, get access or write elsewhere, and run the same command again")
     return None
 

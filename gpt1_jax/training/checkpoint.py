@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -35,13 +34,11 @@ from orbax.checkpoint.path import atomicity
 
 from gpt1_jax.config import CheckpointConfig
 from gpt1_jax.data.storage import AnyPath, file_system, is_remote, storage_fault, write_atomically
-from gpt1_jax.errors import DamagedError, StorageError
+from gpt1_jax.errors import DamagedError
 from gpt1_jax.model.transformer import Params
 from gpt1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
-# How TensorStore, which raises nothing more specific than ValueError, says that a bucket does not answer or let it in.
-_OUT_OF_REACH = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED")
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,6 @@ class Checkpoints:
             ):
                 return reader.restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # of any type: Orbax raises what TensorStore finds as a bare Exception
-            if is_remote(self.directory) and _OUT_OF_REACH.search(str(error)):
-                raise StorageError(f"{self.path(step)}: cannot be read: {error}; run the same command again") from None
             if storage_fault(error) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
                 raise  # the storage's fault
             raise DamagedError(
