@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from etils import epath
 
 from gpt1_jax.errors import GPT1Error, StorageError, UserError
 
@@ -37,6 +38,7 @@ _OUT_OF_REACH = re.compile(r"\b(ABORTED|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAU
 # Listings are not kept: TensorStore and other processes write behind fsspec's back.
 for _protocol in ("gcs", "gs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+fsspec.register_implementation("s3", "gpt1_jax.data.s3.S3FileSystem", clobber=True, errtxt="Install s3fs to access S3")
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -90,6 +92,14 @@ def make_folder(path: AnyPath) -> None:
     """Makes a folder and those above it where need be; a bucket has none, and a missing bucket is not made."""
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
+
+
+def names_in(folder: AnyPath) -> set[str]:
+    """Names of the files and folders in a folder, which need not exist."""
+    try:
+        return {path.name for path in epath.Path(folder).iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 @contextlib.contextmanager
