@@ -77,10 +77,6 @@ def upload(folder: epath.Path, remote: epath.Path) -> epath.Path:
     return remote
 
 
-def names_in(folder: epath.Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     path = bucket / "a" / "file.txt"
     assert storage.is_remote(path) and not storage.is_remote(tmp_path)
@@ -88,7 +84,7 @@ def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     assert not path.exists() and not path.parent.exists()
     storage.write_atomically(path, b"one")
     assert path.read_bytes() == b"one"
-    assert names_in(path.parent) == ["file.txt"]
+    assert storage.names_in(path.parent) == {"file.txt"}
     copy = storage.local_copy(path)
     assert (copy.name, copy.read_bytes()) == ("file.txt", b"one")
     assert storage.local_copy(path) == copy
@@ -98,9 +94,20 @@ def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
     assert not local.exists()
     assert storage.local_copy(path).read_bytes() == b"second"
     with storage.locked(path, lambda: pytest.fail("there is no lock to wait for")):
-        assert names_in(path.parent) == ["file.txt"]
+        assert storage.names_in(path.parent) == {"file.txt"}
     with pytest.raises(FileNotFoundError):
         storage.local_copy(bucket / "none")
+
+
+def test_a_folder_is_renamed_on_s3(servers):
+    folder = epath.Path(f"s3://bucket/{uuid.uuid4().hex}")
+    assert storage.names_in(folder) == set()
+    for name in ("old/a", "old/b/c"):
+        storage.write_atomically(folder / name, name.encode())
+    (folder / "old").rename(folder / "new")
+    assert storage.names_in(folder) == {"new"}
+    assert storage.names_in(folder / "new") == {"a", "b"}
+    assert (folder / "new" / "b" / "c").read_bytes() == b"old/b/c"
 
 
 def test_a_missing_bucket_is_named_and_not_made(bucket):
@@ -157,7 +164,7 @@ def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
             checkpoints.save(step, state, files)
         checkpoints.wait()
         assert checkpoints.latest() == 5
-    assert names_in(bucket / "checkpoints") == ["3", "4", "5"]
+    assert storage.names_in(bucket / "checkpoints") == {"3", "4", "5"}
     for path in ("9/params/_METADATA", "9/run/config.yaml"):  # what a process that was killed while it saved leaves
         storage.write_atomically(bucket / "checkpoints" / path, b"x")
     with Checkpoints(bucket) as reader:
@@ -168,7 +175,7 @@ def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
         assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
     with Checkpoints(bucket, keep):
         pass
-    assert names_in(bucket / "checkpoints") == ["3", "4", "5"]
+    assert storage.names_in(bucket / "checkpoints") == {"3", "4", "5"}
     (bucket / "checkpoints/5/params/manifest.ocdbt").unlink()
     with (
         Checkpoints(bucket) as reader,
@@ -245,7 +252,7 @@ def test_a_run_in_a_bucket_equals_a_local_one(bucket, local_run, corpus, config_
         assert (run / name).read_bytes() == (local_run / name).read_bytes()
     with Checkpoints(run) as checkpoints:
         assert checkpoints.latest() == 12
-    assert names_in(run / "checkpoints") == ["12", "4", "8"]
+    assert storage.names_in(run / "checkpoints") == {"4", "8", "12"}
     events = [storage.local_copy(path) for path in (run / "tensorboard").iterdir()]
     assert len(events) == 2 and all(path.stat().st_size > 100 for path in events)
     assert b"<html" in (run / "report.html").read_bytes()
