@@ -1,4 +1,4 @@
-"""A parallel map that keeps the order, holds a bounded number of results, and leaves no process behind."""
+"""Processes for a parallel map that keeps the order, holds a bounded number of results, and leaves none behind."""
 
 import itertools
 import multiprocessing
@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from multiprocessing import connection
+from types import TracebackType
 from typing import TypeVar
 
 from gpt1_jax.errors import GPT1Error
@@ -19,41 +21,57 @@ Result = TypeVar("Result")
 _AHEAD = 3  # items under way for each worker
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """``map(function, items)`` in ``workers`` processes.
-
-    The results, and their order, do not depend on ``workers``. One worker, or a single item, needs no process.
+class Pool(AbstractContextManager["Pool"]):
+    """Some worker processes, started when they are first needed; they end with the context.
 
     Args:
-        function: a module-level function.
-        items: read as needed, in this process.
         workers: number of processes.
-
-    Raises:
-        GPT1Error: if a worker was killed.
     """
-    items = iter(items)
-    first = list(itertools.islice(items, 2))
-    if workers == 1 or len(first) < 2:
-        yield from map(function, itertools.chain(first, items))
-        return
-    # Spawned, not forked: a fork would copy the locks of JAX's and other libraries' threads.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    pending: deque[Future[Result]] = deque()
-    try:
-        for item in itertools.chain(first, items):
-            pending.append(executor.submit(function, item))
-            while pending and (len(pending) > _AHEAD * workers or pending[0].done()):
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._executor:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``map(function, items)`` in the processes.
+
+        The results, and their order, do not depend on how many they are. One worker, or a single item, needs none.
+
+        Args:
+            function: a module-level function.
+            items: read as needed, in this process.
+
+        Raises:
+            GPT1Error: if a worker was killed.
+        """
+        items = iter(items)
+        first = list(itertools.islice(items, 2))
+        if self._workers == 1 or len(first) < 2:
+            yield from map(function, itertools.chain(first, items))
+            return
+        if not self._executor:
+            # Spawned, not forked: a fork would copy the locks of JAX's and other libraries' threads.
+            self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _start_worker)
+        pending: deque[Future[Result]] = deque()
+        try:
+            for item in itertools.chain(first, items):
+                pending.append(self._executor.submit(function, item))
+                while pending and (len(pending) > _AHEAD * self._workers or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise GPT1Error(
-            "a worker process was killed, perhaps for want of memory; run the same command again: it goes on from "
-            "what is done (data.workers=1 needs the least memory)"
-        ) from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool:
+            raise GPT1Error(
+                "a worker process was killed, perhaps for want of memory; run the same command again: it goes on from "
+                "what is done (data.workers=1 needs the least memory)"
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def available_cores() -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from gpt1_jax import errors
 from gpt1_jax.config import CleaningConfig, DataConfig
 from gpt1_jax.data.collect import Part, collect_parts, write_array
 from gpt1_jax.data.duplicates import REASONS, Chunk, digests_of, dropped_file, signatures_of
-from gpt1_jax.data.engine import OnDone, download_config
+from gpt1_jax.data.engine import Engine, OnDone, download_config
 from gpt1_jax.data.storage import storage_fault, write_atomically
 from gpt1_jax.errors import GPT1Error, UserError
 from gpt1_jax.text.document import DUPLICATE, NEAR_DUPLICATE
@@ -39,7 +40,7 @@ Item = TypeVar("Item")
 _Place = tuple[int, int]  # of a document: the index of its chunk, its number there
 
 
-class BeamEngine:
+class BeamEngine(Engine):
     """A Beam runner.
 
     Args:
@@ -61,6 +62,9 @@ class BeamEngine:
         except (ValueError, ImportError) as error:
             raise UserError(f"data.beam_options: --runner={name}: {error}") from None
         logging.getLogger("apache_beam").setLevel(logging.ERROR)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """A pipeline has ended when it is left: there is nothing to close."""
 
     def run(self, function: Callable[[Item], None], items: Sequence[Item], on_done: OnDone) -> None:
         """One element an item; a runner spreads them over its workers."""

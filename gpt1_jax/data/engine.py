@@ -4,8 +4,9 @@ Every stage is functions of single parts that write files, and one decision over
 an engine is small, and the bytes are the same with any.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import tensorflow_datasets as tfds
@@ -14,13 +15,13 @@ from etils import epath
 from gpt1_jax.config import CleaningConfig, DataConfig
 from gpt1_jax.data.collect import Part, collect_parts
 from gpt1_jax.data.duplicates import Chunk, drop_duplicates
-from gpt1_jax.pool import available_cores, ordered_map
+from gpt1_jax.pool import Pool, available_cores
 
 Item = TypeVar("Item")
 OnDone = Callable[[int], None]  # told how many more units are done
 
 
-class Engine(Protocol):
+class Engine(AbstractContextManager["Engine"], Protocol):
     """Runs the stages. All files are on storage that every worker reaches."""
 
     def run(self, function: Callable[[Item], None], items: Sequence[Item], on_done: OnDone) -> None:
@@ -40,20 +41,23 @@ class Engine(Protocol):
         ...
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """The processes of this machine."""
 
     def __init__(self, workers: int | None) -> None:
-        self._workers = workers or available_cores()
+        self._pool = Pool(workers or available_cores())
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.__exit__(kind, error, trace)
 
     def run(self, function: Callable[[Item], None], items: Sequence[Item], on_done: OnDone) -> None:
         """As :class:`Engine` says."""
-        for _ in ordered_map(function, items, self._workers):
+        for _ in self._pool.map(function, items):
             on_done(1)
 
     def collect(self, parts: Sequence[Part], config: DataConfig, folder: epath.Path, on_read: OnDone) -> None:
         """Reads in this process and cleans in all of them, so that a single large file keeps them busy too."""
-        collect_parts(parts, config, folder, functools.partial(ordered_map, workers=self._workers), on_read)
+        collect_parts(parts, config, folder, self._pool.map, on_read)
 
     def drop_duplicates(self, chunks: Sequence[Chunk], config: CleaningConfig, folder: epath.Path) -> None:
         """As :class:`Engine` says."""

@@ -127,11 +127,11 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.parent / f".{folder.name}.lock"
         with locked(lock, lambda: progress("waiting for another process that prepares this corpus", 0, None)):
-            engine = _engine(config, folder)
-            if found:
-                _repair(plan, folder, engine, progress)
-            elif not (folder / MANIFEST).exists():
-                _prepare(plan, folder, engine, progress)
+            with _engine(config, folder) as engine:
+                if found:
+                    _repair(plan, folder, engine, progress)
+                elif not (folder / MANIFEST).exists():
+                    _prepare(plan, folder, engine, progress)
     return folder
 
 
@@ -151,8 +151,8 @@ def _plan(config: Config) -> _Plan:
         )
     if tokenizer and data.windows == "packed" and not tokenizer.separator_reserved:
         raise UserError(
-            f"data.windows=packed: data.tokenizer.file={path} has its unknown token between documents, which a text may "
-            "hold too, so documents cannot be told apart; add the special token <|endoftext|> to the tokenizer, or set "
+            f"data.windows=packed: data.tokenizer.file={path} has its unknown token between documents, which a text "
+            "may hold too, so documents cannot be told apart; add the special token <|endoftext|> to the tokenizer, or set "
             "data.windows=contiguous"
         )
     return _Plan(config, sources, tokenizer, _settings(config, sources, tokenizer))

@@ -13,7 +13,7 @@ class S3FileSystem(s3fs.S3FileSystem):
 
     def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **options: Any) -> None:
         """Moves a file, or with ``recursive`` a folder: object by object, and what was moved is removed at the end."""
-        source, target = self._strip_protocol(path1), self._strip_protocol(path2)
-        files = self.find(source, maxdepth=maxdepth) if recursive else [source]
+        source, target = str(self._strip_protocol(path1)), str(self._strip_protocol(path2))
+        files = list(map(str, self.find(source, maxdepth=maxdepth) or ())) if recursive else [source]
         self.copy(files, [target + file.removeprefix(source) for file in files], on_error="raise")
         self.rm(files)

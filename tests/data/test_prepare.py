@@ -30,7 +30,7 @@ from gpt1_jax.data.manifest import read_manifest, sha256_of
 from gpt1_jax.data.prepare import corpus_dir, prepare
 from gpt1_jax.errors import DamagedError, GPT1Error, StorageError, UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json
-from gpt1_jax.pool import ordered_map
+from gpt1_jax.pool import Pool
 from gpt1_jax.text.sentencepiece import train_tokenizer
 from gpt1_jax.text.tokenizer import read_tokenizer
 
@@ -439,27 +439,29 @@ def square(number: int) -> int:
 
 
 def test_map_keeps_order_and_is_lazy():
-    assert list(ordered_map(square, range(50), 2)) == [n * n for n in range(50)]
-    taken = []
-    results = ordered_map(square, (taken.append(n) or n for n in range(1000)), 2)
-    next(results)
-    assert len(taken) < 20
-    results.close()
-    assert list(ordered_map(square, [], 2)) == []
+    with Pool(2) as pool:
+        assert list(pool.map(square, range(50))) == [n * n for n in range(50)]
+        taken = []
+        results = pool.map(square, (taken.append(n) or n for n in range(1000)))
+        next(results)
+        assert len(taken) < 20
+        results.close()
+        assert list(pool.map(square, [])) == []
+        assert list(pool.map(square, range(5))) == [0, 1, 4, 9, 16]
 
 
 def test_killed_or_failing_worker_is_an_error_and_no_hang():
-    with pytest.raises(GPT1Error, match="worker process was killed"):
-        list(ordered_map(square, [1, 2, 3, -1, 4, 5], 2))
-    with pytest.raises(UserError, match="minus two"):
-        list(ordered_map(square, [1, 2, -2, 4], 2))
+    with Pool(2) as pool, pytest.raises(GPT1Error, match="worker process was killed"):
+        list(pool.map(square, [1, 2, 3, -1, 4, 5]))
+    with Pool(2) as pool, pytest.raises(UserError, match="minus two"):
+        list(pool.map(square, [1, 2, -2, 4]))
 
 
 ORPHANS = """
 import os, signal, time
-from gpt1_jax.pool import ordered_map
+from gpt1_jax.pool import Pool
 if __name__ == "__main__":
-    results = ordered_map(os.getpgid, [0] * 100, 2)
+    results = Pool(2).map(os.getpgid, [0] * 100)
     next(results)
     print("ready", flush=True)
     time.sleep(60)
