@@ -117,6 +117,13 @@ def test_a_missing_bucket_is_named_and_not_made(bucket):
     assert not epath.Path(path).exists()
 
 
+def test_training_into_a_missing_bucket_ends_before_the_first_step(bucket, corpus, config_file, gpt1):
+    path = str(bucket).replace("bucket", "nowhere", 1)
+    trained = gpt1("train", config_file, f"runs_dir={path}")
+    assert (trained.code, trained.out) == (StorageError.exit_code, "")
+    assert trained.err.endswith(f"gpt1: {path}/run/config.yaml: there is no such bucket; make it, or write elsewhere\n")
+
+
 def test_a_corpus_is_read_where_it_lies(bucket, corpus):
     upload(corpus.folder, bucket / "corpus")
     for readers in (0, 4):
@@ -221,12 +228,18 @@ def config_there(bucket, config_file) -> Path:
     return config_file
 
 
+@pytest.mark.slow  # on gs:// alone: the emulator does not know the request that moves an object, which is tried again
 def test_a_corpus_is_prepared_in_a_bucket_with_the_same_bytes(bucket, config_there, corpus, gpt1):
     prepared = gpt1("prepare", config_there, "--json")
     assert prepared.code == 0, prepared.err
     folder = epath.Path(json.loads(prepared.out)["path"])
     assert folder == bucket / "root" / corpus.folder.name
     assert Corpus(folder).manifest == corpus.manifest
+    assert verify_corpus(Corpus(folder)) == []
+    shards = corpus.manifest.shards
+    storage.write_atomically(folder / shards[0].file, b"damaged")
+    (folder / shards[-1].offsets_file).unlink()
+    assert gpt1("prepare", config_there).code == 0
     assert verify_corpus(Corpus(folder)) == []
 
 

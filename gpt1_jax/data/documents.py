@@ -32,6 +32,7 @@ FOLDER = "documents"
 VERSION = "1.0.0"
 _RECORDS = 64  # read at once
 _SHARD_BYTES = 128_000_000  # of text in one ArrayRecord file; as much is held in memory while it is written
+_MOST_SHARDS = 1024  # of a split; then they are larger. TFDS makes two steps of a Beam pipeline of each
 
 
 class Span(NamedTuple):
@@ -186,7 +187,7 @@ def _datasets(corpus: epath.Path) -> list[epath.Path]:
 def _plan(chunks: Sequence[tuple[Chunk, int]], size: int) -> list[list[Span]]:
     """Which documents each ArrayRecord file of a split holds: as many files as it has shares of the given bytes."""
     total = sum(count for _, count in chunks)
-    files = min(total, -(-size // _SHARD_BYTES))
+    files = min(total, -(-size // _SHARD_BYTES), _MOST_SHARDS)
     bounds = [total * number // files for number in range(files + 1)]
     plan: list[list[Span]] = [[] for _ in range(files)]
     start, file = 0, 0

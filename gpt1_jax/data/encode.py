@@ -25,6 +25,7 @@ from gpt1_jax.text.tokenizer import Tokenizer, read_tokenizer
 
 TOKENIZER = "tokenizer.model"
 _RANGE_BYTES = 1_000_000  # of text, encoded in one go
+_MOST_RANGES = 10_000  # of a split; then they are larger. A Beam runner is sent a list of them
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -64,7 +65,7 @@ class ShardPlan:
 
 
 def plan_ranges(documents: Mapping[Split, Sequence[int]], sizes: Mapping[Split, int]) -> list[Range]:
-    """Ranges of about a megabyte of text each, by split, source and place.
+    """Ranges of about a megabyte of text each, or more of a large corpus, by split, source and place.
 
     Args:
         documents: of each split, how many of each source.
@@ -72,7 +73,8 @@ def plan_ranges(documents: Mapping[Split, Sequence[int]], sizes: Mapping[Split, 
     """
     ranges: list[Range] = []
     for split in SPLITS:
-        step = max(1, _RANGE_BYTES * sum(documents[split]) // max(1, sizes[split]))
+        total = sum(documents[split])
+        step = max(1, _RANGE_BYTES * total // max(1, sizes[split]), total // _MOST_RANGES)
         first = 0
         for source, count in enumerate(documents[split]):
             stop = first + count

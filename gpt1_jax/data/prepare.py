@@ -152,8 +152,8 @@ def _plan(config: Config) -> _Plan:
     if tokenizer and data.windows == "packed" and not tokenizer.separator_reserved:
         raise UserError(
             f"data.windows=packed: data.tokenizer.file={path} has its unknown token between documents, which a text "
-            "may hold too, so documents cannot be told apart; add the special token <|endoftext|> to the tokenizer, or set "
-            "data.windows=contiguous"
+            "may hold too, so documents cannot be told apart; add the special token <|endoftext|> to the tokenizer, or "
+            "set data.windows=contiguous"
         )
     return _Plan(config, sources, tokenizer, _settings(config, sources, tokenizer))
 

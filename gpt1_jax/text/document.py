@@ -57,6 +57,12 @@ class TextSource(Protocol):
         ...
 
 
+def parts(rows: range) -> list[range]:
+    """Rows in parts that are read in one go: of ten thousand, or more where that would be thousands of parts."""
+    size = max(10_000, len(rows) // 4096)
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
 def named(item: Document | Skipped, record: Mapping[str, Any], field: str | None) -> Document | Skipped:
     """The document under the name that a field of its record gives it; without one, under the name that it has."""
     name = record.get(field) if field else None

@@ -29,12 +29,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt1_jax.config import Stories
-from gpt1_jax.text.document import Document, Skipped
+from gpt1_jax.text.document import Document, Skipped, parts
 from gpt1_jax.text.tales import RULES
 
 _PART = re.compile(r"<(\w+)>|{(\w+)}")
 _UNSAID = re.compile(r"[\[\]]")
-_TALES = 10_000  # tales read in one go
 Facts = Mapping[str, str]
 
 
@@ -350,6 +349,5 @@ class StoriesSource:
             yield Document(tales.sample(self._config.seed, number).text, f"stories/{number}")
 
     def split(self) -> Sequence["StoriesSource"]:
-        """Ten thousand tales each."""
-        numbers = self._numbers
-        return [StoriesSource(self._config, numbers[at : at + _TALES]) for at in range(0, len(numbers), _TALES)]
+        """Ten thousand tales each, or more of very many."""
+        return [StoriesSource(self._config, numbers) for numbers in parts(self._numbers)]

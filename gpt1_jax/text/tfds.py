@@ -10,10 +10,8 @@ import tensorflow_datasets as tfds
 
 from gpt1_jax.config import Tfds
 from gpt1_jax.errors import UserError
-from gpt1_jax.text.document import Document, Skipped, named, to_document
+from gpt1_jax.text.document import Document, Skipped, named, parts, to_document
 from gpt1_jax.text.files import file_states
-
-_PART = 10_000  # records read in one go
 
 
 class TfdsSource:
@@ -63,9 +61,8 @@ class TfdsSource:
             yield named(document, record, self._config.identity_field)
 
     def split(self) -> Sequence["TfdsSource"]:
-        """Ten thousand records each; builds the dataset if need be."""
-        rows = range(len(self._records()))
-        return [TfdsSource(self._config, rows[at : at + _PART]) for at in range(0, len(rows), _PART)]
+        """Ten thousand records each, or more of very many; builds the dataset if need be."""
+        return [TfdsSource(self._config, rows) for rows in parts(range(len(self._records())))]
 
     def _records(self) -> Any:
         config = self._config

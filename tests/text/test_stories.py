@@ -253,3 +253,12 @@ def test_a_tale_whose_words_do_not_agree_is_no_tale():
     assert grammar().nats_of(tale.replace(hero, "Mia" if hero != "Mia" else "Anna")) is not None
     assert grammar().nats_of(tale.replace(hero, "Mia" if hero != "Mia" else "Anna", 1)) is None  # called so once
     assert grammar().nats_of(tale.replace(hero, "Tom")) is None  # a boy
+
+
+def test_parts_are_the_source_in_order():
+    whole = StoriesSource(Stories(kind="stories", documents=10_003))
+    parts = whole.split()
+    assert len(parts) == 2
+    assert [tale.identity for tale in parts[1].read()] == ["stories/10000", "stories/10001", "stories/10002"]
+    assert next(parts[0].read()) == next(whole.read())
+    assert len(StoriesSource(Stories(kind="stories", documents=10**9)).split()) == 4097

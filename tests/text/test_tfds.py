@@ -1,3 +1,4 @@
+import pickle
 import sys
 
 import numpy as np
@@ -71,3 +72,20 @@ def test_mistakes_are_named(folder, tmp_path):
 def test_without_tensorflow(folder):
     list(source(folder).read())
     assert "tensorflow" not in sys.modules
+
+
+def test_parts_are_the_source_in_order(folder, monkeypatch):
+    monkeypatch.setattr("gpt1_jax.text.tfds.parts", lambda rows: [rows[:2], rows[2:]])
+    whole = source(folder)
+    parts = [pickle.loads(pickle.dumps(part)) for part in whole.split()]
+    assert [len(list(part.read())) for part in parts] == [2, len(list(whole.read())) - 2]
+    assert [item for part in parts for item in part.read()] == list(whole.read())
+    assert whole.network is None
+
+
+def test_identity_from_a_field(folder):
+    assert [item.identity for item in source(folder, identity_field="body").read()] == [
+        item.text for item in source(folder).read()
+    ]
+    with pytest.raises(UserError, match="no feature identity_field='url'"):
+        source(folder, identity_field="url")
