@@ -89,7 +89,7 @@ def order_at(run_dir: epath.Path, step: int) -> DataOrder:
     noted = _read(run_dir)
     if not noted:
         raise UserError(
-            f"{run_dir}: no step of this run has read any data ({HISTORY} is missing): it was imported, or has not been "
+            f"{run_dir}: no step of this run has read any data ({HISTORY} is missing): it was imported, or is not "
             f"trained yet; train it with 'gpt1 train {run_dir}/config.yaml'"
         )
     if step <= noted[0].step:
