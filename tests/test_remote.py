@@ -1,5 +1,6 @@
 """Corpora and runs in buckets, by path alone, against emulators: moto for s3://, gcp-storage-emulator for gs://."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 
@@ -35,6 +38,14 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 OF_THE_CLOCK = ("seconds", "tokens_per_second", "mfu")
 
 
+def download(request, response, files, *rest, _download=objects.download):
+    """As the emulator, with the object's generation, without which TensorStore cannot write the object again."""
+    with contextlib.suppress(NotFound):
+        found = files.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["X-Goog-Generation"] = found["generation"]
+    _download(request, response, files, *rest)
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[None]:
     """Both emulators, and an environment in which s3fs, gcsfs and TensorStore find them."""
@@ -49,6 +60,7 @@ def servers() -> Iterator[None]:
             patch.setenv(name, value)
         s3 = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         s3.start()
+        patch.setattr(objects, "download", download)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -180,15 +192,13 @@ def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         restored = reader.restore_state(5, abstract)
         assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
-    with Checkpoints(bucket, keep):
-        pass
-    assert storage.names_in(bucket / "checkpoints") == {"3", "4", "5"}
-    (bucket / "checkpoints/5/params/manifest.ocdbt").unlink()
-    with (
-        Checkpoints(bucket) as reader,
-        pytest.raises(DamagedError, match="5: the checkpoint cannot be read"),
-    ):
-        reader.restore_params(5, abstract.params)
+    with Checkpoints(bucket, keep) as checkpoints:
+        checkpoints.save(7, state, files)
+        checkpoints.wait()
+    assert storage.names_in(bucket / "checkpoints") == {"3", "5", "7"}
+    (bucket / "checkpoints/7/params/manifest.ocdbt").unlink()
+    with Checkpoints(bucket) as reader, pytest.raises(DamagedError, match="7: the checkpoint cannot be read"):
+        reader.restore_params(7, abstract.params)
 
 
 @pytest.fixture(scope="session")

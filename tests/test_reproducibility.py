@@ -33,7 +33,9 @@ SETTINGS = (
 
 
 def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-W", "error", "-m", "gpt1_jax", "train", "config.yaml"]
+    # TFDS asks protobuf in a way that protobuf 6.33 has deprecated.
+    strict = ["-W", "error", "-W", "ignore:label() is deprecated:DeprecationWarning"]
+    command = [sys.executable, *strict, "-m", "gpt1_jax", "train", "config.yaml"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
