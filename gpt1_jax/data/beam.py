@@ -21,7 +21,7 @@ from gpt1_jax.config import CleaningConfig, DataConfig
 from gpt1_jax.data.collect import Part, collect_parts, write_array
 from gpt1_jax.data.duplicates import REASONS, Chunk, digests_of, dropped_file, signatures_of
 from gpt1_jax.data.engine import Engine, OnDone, download_config
-from gpt1_jax.data.storage import storage_fault, write_atomically
+from gpt1_jax.data.storage import make_folder, names_in, storage_fault, write_atomically
 from gpt1_jax.errors import GPT1Error, UserError
 from gpt1_jax.text.document import DUPLICATE, NEAR_DUPLICATE
 from gpt1_jax.text.near_duplicates import band_keys, is_near_duplicate
@@ -101,13 +101,12 @@ class _Explained:
         self._notes = notes
 
     def __enter__(self) -> None:
-        if self._notes.exists():
-            self._notes.rmtree()
-        self._notes.mkdir(parents=True)
+        self._notes.rmtree(missing_ok=True)
+        make_folder(self._notes)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        for note in sorted(self._notes.iterdir()):
-            found = json.loads(note.read_text(encoding="utf-8"))
+        for note in sorted(names_in(self._notes)):
+            found = json.loads((self._notes / note).read_text(encoding="utf-8"))
             raise getattr(errors, found["kind"])(found["message"]) from None
         if isinstance(error, Exception) and not isinstance(error, GPT1Error):
             raise GPT1Error(f"the Beam pipeline failed: {type(error).__name__}: {error}") from error

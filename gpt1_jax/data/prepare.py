@@ -51,7 +51,15 @@ from gpt1_jax.data.manifest import (
     read_manifest,
     sha256_of,
 )
-from gpt1_jax.data.storage import local_copy, locked, storage_errors, write_atomically
+from gpt1_jax.data.storage import (
+    file_system,
+    local_copy,
+    locked,
+    make_folder,
+    names_in,
+    storage_errors,
+    write_atomically,
+)
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.text.contamination import load_contamination
 from gpt1_jax.text.document import TextSource
@@ -124,7 +132,7 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
         found = (folder / MANIFEST).exists()
         if found and not check:
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         lock = folder.parent / f".{folder.name}.lock"
         with locked(lock, lambda: progress("waiting for another process that prepares this corpus", 0, None)):
             with _engine(config, folder) as engine:
@@ -191,14 +199,14 @@ def _engine(config: Config, folder: epath.Path) -> Engine:
 
 def _prepare(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress) -> None:
     work = folder / _WORK
-    (work / "text").mkdir(parents=True, exist_ok=True)
+    make_folder(work / "text")
     for source in plan.sources:
         if source.network:
             progress(f"{source.name} needs the network: {source.network}", 0, None)
     try:
         manifest = _run_stages(plan, folder, work, engine, progress)
     except UserError:  # what mends it gives another fingerprint: nothing here would be used again
-        folder.rmtree()
+        folder.rmtree(missing_ok=True)
         raise
     finally:
         forget_opened()
@@ -233,12 +241,12 @@ def _collect(plan: _Plan, work: epath.Path, engine: Engine, progress: Progress) 
     data, names = plan.config.data, [source.name for source in plan.sources]
     progress(f"reading {', '.join(names)}", 0, None)
     parts = make_parts(plan.sources)
-    there = _names(work)
+    there = names_in(work)
     read = _Counter(f"reading {', '.join(names)}", None, progress)
     engine.collect([part for part in parts if not is_complete(part.number, there)], data, work, read)
     chunks = chunks_of(len(parts), work)
     progress("looking for duplicates", 0, None)
-    there = _names(work)
+    there = names_in(work)
     if not all(dropped_file(chunk, work).name in there for chunk in chunks):
         engine.drop_duplicates(chunks, data.cleaning, work)
     collected = count_collected(len(parts), chunks, names, work)
@@ -251,11 +259,11 @@ def _encode(
     collected: Collected, folder: epath.Path, work: epath.Path, shard_tokens: int, engine: Engine, progress: Progress
 ) -> tuple[Shard, ...]:
     ranges = plan_ranges(collected.documents, collected.bytes)
-    there = _names(work)
+    there = names_in(work)
     left = [documents for documents in ranges if f"{documents.name}.ends.npy" not in there]
     _run(engine, "encoding, in parts", functools.partial(encode_range, corpus=folder, work=work), left, progress)
     plans = plan_shards(ranges, work, shard_tokens)
-    there = _names(folder)
+    there = names_in(folder)
     unwritten = [plan for plan in plans if plan.shard.offsets_file not in there]
     _run(engine, "writing shards", functools.partial(write_shard, corpus=folder, work=work), unwritten, progress)
     return tuple(plan.shard for plan in plans)
@@ -267,7 +275,7 @@ def _checksums(folder: epath.Path, work: epath.Path, engine: Engine, progress: P
     paths = [*documents, *(path for path in folder.iterdir() if path.name not in (FOLDER, _WORK))]
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     notes = work / "sums"
-    notes.mkdir(exist_ok=True)
+    make_folder(notes)
     _run(engine, "computing checksums", functools.partial(_note_checksum, folder=folder, notes=notes), names, progress)
     return {name: FileSum.model_validate_json(_note(name, notes).read_text()) for name in names}
 
@@ -277,7 +285,8 @@ def _note(name: str, notes: epath.Path) -> epath.Path:
 
 
 def _note_checksum(name: str, folder: epath.Path, notes: epath.Path) -> None:
-    file = FileSum(bytes=(folder / name).stat().length, sha256=sha256_of(folder / name))
+    files, path = file_system(folder / name)
+    file = FileSum(bytes=files.size(path), sha256=sha256_of(folder / name))
     write_atomically(_note(name, notes), file.model_dump_json().encode())
 
 
@@ -292,10 +301,10 @@ def _repair(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress)
         _prepare(plan, folder, engine, progress)
     elif shards:
         names, work = ", ".join(shard.file for shard in shards), folder / _WORK
-        work.mkdir(exist_ok=True)
+        make_folder(work)
         rebuild = functools.partial(rebuild_shard, corpus=folder, work=work)
         _run(engine, f"rebuilding {names}", rebuild, shards, progress)
-        work.rmtree()
+        work.rmtree(missing_ok=True)
         forget_opened()
     for name in sorted(damaged):
         if what := damage_of(folder / name, manifest.files[name]):
@@ -317,10 +326,6 @@ class _Counter:
     def __call__(self, more: int) -> None:
         self._done += more
         self._progress(self._stage, self._done, self._total)
-
-
-def _names(folder: epath.Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def _sample(corpus: epath.Path, size: int, wanted_bytes: int) -> Iterator[str]:
