@@ -253,6 +253,14 @@ def test_a_corpus_is_prepared_in_a_bucket_with_the_same_bytes(bucket, config_the
     assert verify_corpus(Corpus(folder)) == []
 
 
+@pytest.mark.filterwarnings("default")  # of Beam's own packages
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_beam_prepares_in_a_bucket_too(bucket, config_there, corpus, gpt1):
+    prepared = gpt1("prepare", config_there, "data.engine=beam", "--json")
+    assert prepared.code == 0, prepared.err
+    assert Corpus(json.loads(prepared.out)["path"]).manifest == corpus.manifest
+
+
 @pytest.mark.slow
 def test_a_run_in_a_bucket_equals_a_local_one(bucket, local_run, corpus, config_there, gpt1, tmp_path, monkeypatch):
     """Trained, killed, trained on, evaluated, sampled, reported, exported and imported by path alone."""
