@@ -289,6 +289,18 @@ def test_damage_is_mended(corpus, texts, tmp_path, monkeypatch, name, how):
         assert [Path(file).stem for file in written] == [Path(name).stem]  # this shard alone
 
 
+def test_the_command_looks_unless_the_storage_is_trusted(corpus, texts, tmp_path, gpt1):
+    folder, file = tmp_path / corpus.name, tmp_path / "config.yaml"
+    shutil.copytree(corpus, folder)
+    damage(folder / "train-00-00001.tokens", "flipped")
+    file.write_text(config(texts, tmp_path).to_yaml())
+    assert gpt1("prepare", file, "data.verify=false").code == 0
+    assert contents(folder) != contents(corpus)
+    result = gpt1("prepare", file)
+    assert result.code == 0 and "rebuilding train-00-00001.tokens" in result.err
+    assert contents(folder) == contents(corpus)
+
+
 def test_damaged_documents_are_prepared_again(corpus, texts, tmp_path):
     folder = tmp_path / corpus.name
     shutil.copytree(corpus, folder)
