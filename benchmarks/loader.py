@@ -47,7 +47,7 @@ import psutil
 
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches
-from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SourceCounts, SplitCounts
+from gpt1_jax.data.manifest import FileSum, Manifest, Shard, SourceCounts, SplitCounts, write_manifest
 from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.model.segments import document_starts
 
@@ -69,14 +69,14 @@ def write_corpus(folder: Path, tokens: int, vocab_size: int = 40_478) -> None:
         for begin in range(0, tokens, 10_000_000):
             block = random.integers(0, vocab_size, min(10_000_000, tokens - begin), dtype=np.uint16)
             block.astype("<u2", copy=False).tofile(file)
-    write_manifest(folder, [tokens], {}, vocab_size)
+    describe(folder, [tokens], {}, vocab_size)
     parts = folder / "sources"
     parts.mkdir()
     size = tokens // SOURCES
     content = np.memmap(folder / SHARD, "<u2", mode="r")
     for source in range(SOURCES):
         content[source * size : (source + 1) * size].tofile(parts / shard_file(source))
-    write_manifest(parts, [size] * SOURCES, {}, vocab_size)
+    describe(parts, [size] * SOURCES, {}, vocab_size)
 
 
 def write_sparse_corpus(folder: Path, tokens: int) -> None:
@@ -92,7 +92,7 @@ def write_sparse_corpus(folder: Path, tokens: int) -> None:
         with open(folder / f"train-00-00000.{name}", "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         sums |= {f"train-00-{n:05}.{name}": FileSum(bytes=length, sha256=checksum) for n in range(START_SHARDS)}
-    write_manifest(folder, [size] * START_SHARDS, sums, 40_478, of_one_source=True)
+    describe(folder, [size] * START_SHARDS, sums, 40_478, of_one_source=True)
 
 
 def shard_file(source: int, number: int = 0) -> str:
@@ -100,7 +100,7 @@ def shard_file(source: int, number: int = 0) -> str:
     return f"train-{source:02}-{number:05}.tokens"
 
 
-def write_manifest(
+def describe(
     folder: Path, sizes: Sequence[int], sums: dict[str, FileSum], vocab_size: int, of_one_source: bool = False
 ) -> None:
     """Writes the manifest of shards of the given sizes, in tokens, each of a source of its own, or all of one."""
@@ -121,7 +121,7 @@ def write_manifest(
         ),
         files=sums,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    write_manifest(folder, manifest)
 
 
 def our_batches(

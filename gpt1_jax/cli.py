@@ -89,7 +89,6 @@ def train(
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
     from gpt1_jax.finish import finish, validation_figures
-    from gpt1_jax.text.tokenizer import read_tokenizer
     from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
@@ -102,7 +101,7 @@ def train(
     check_run(settings, allow_changes)
     prepared = prepare_corpus(settings, progress=_prepare_progress())
     corpus = Corpus(prepared, settings.data.verify, settings.data.readers)
-    tokenizer = read_tokenizer(corpus.tokenizer_file)
+    tokenizer = corpus.tokenizer()
     train_run(settings, corpus, tokenizer, mesh, validation_figures(settings, corpus, mesh), allow_changes)
     _print_finished(finish(settings.run_dir, corpus, mesh), as_json)
 

@@ -234,6 +234,9 @@ def _is_recipe(source: Any) -> bool:
 
 def _product(one: Any, other: Any) -> Any:
     """The product of two weights, numbers or schedules over steps; of what is neither, the one that is amiss."""
+    for weight in (one, other):
+        if isinstance(weight, dict) and not all(step.isdecimal() for step in weight):
+            return weight
     if isinstance(one, dict) and isinstance(other, dict):
         steps = sorted({*one, *other}, key=int)
         return {step: _product(_at(one, step), _at(other, step)) for step in steps}

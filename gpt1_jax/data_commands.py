@@ -41,7 +41,6 @@ def show(
     from gpt1_jax.config_file import load_config
     from gpt1_jax.data.lineage import trace
     from gpt1_jax.finish import find_corpus
-    from gpt1_jax.text.tokenizer import read_tokenizer
     from gpt1_jax.training.history import order_at
     from gpt1_jax.training.run import CONFIG
 
@@ -52,7 +51,7 @@ def show(
         raise UserError(f"--step {step}: {run} has {config.train.steps} steps, the first of which is 1")
     order = order_at(run, step)
     corpus = find_corpus(order.corpus, config, run)
-    tokenizer = read_tokenizer(corpus.tokenizer_file)
+    tokenizer = corpus.tokenizer()
     rows = [
         {
             "example": row.example,

@@ -19,6 +19,10 @@ class UserError(GPT1Error):
     exit_code = 2
 
 
+class RefusedError(UserError):
+    """The input is refused for what it is: whatever mends it is another input, or other settings."""
+
+
 class DamagedError(GPT1Error):
     """Data or a checkpoint on disk is not what was written: a missing, truncated or altered file."""
 

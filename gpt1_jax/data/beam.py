@@ -109,13 +109,20 @@ class _Explained:
             found = json.loads((self._notes / note).read_text(encoding="utf-8"))
             raise getattr(errors, found["kind"])(found["message"]) from None
         if isinstance(error, Exception) and not isinstance(error, GPT1Error):
+            if fault := storage_fault(error):
+                raise fault from None
             raise GPT1Error(f"the Beam pipeline failed: {type(error).__name__}: {error}") from error
 
 
 def _guarded(function: Callable[[Item], None], notes: epath.Path) -> Callable[[Item], None]:
-    """Notes an error that the user is to see as it is: a runner would make text of it, or try again."""
+    """Notes an error that the user is to see as it is: a runner would make text of it, or try again.
+
+    After one, nothing more is begun.
+    """
 
     def call(item: Item) -> None:
+        if names_in(notes):
+            return
         try:
             function(item)
         except Exception as error:

@@ -24,10 +24,10 @@ from etils import epath
 from gpt1_jax.config import CleaningConfig, DataConfig
 from gpt1_jax.data.manifest import SPLITS, Split
 from gpt1_jax.data.storage import local_copy, write_atomically
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import RefusedError
 from gpt1_jax.text.cleaning import clean
 from gpt1_jax.text.contamination import Contamination, load_contamination
-from gpt1_jax.text.document import CONTAMINATED, FILTERS, Document, Skipped, TextSource
+from gpt1_jax.text.document import CONTAMINATED, FILTERS, Document, Skipped, TextSource, printable
 from gpt1_jax.text.near_duplicates import signature
 
 _BATCH_CHARS = 1_000_000  # cleaned in one go
@@ -62,8 +62,16 @@ class PartCounts(pydantic.BaseModel):
     chunks: list[int] = []
 
 
+class _Key(NamedTuple):
+    """What a batch must know of its part; the reader itself stays where it reads."""
+
+    number: int
+    source: int
+    name: str
+
+
 class _Batch(NamedTuple):
-    part: Part
+    part: _Key
     items: list[Document | Skipped]
     ends_part: bool
 
@@ -71,7 +79,7 @@ class _Batch(NamedTuple):
 class _Cleaned(NamedTuple):
     """A batch, ready to be written."""
 
-    part: Part
+    part: _Key
     lines: list[bytes]
     columns: np.ndarray
     signatures: np.ndarray
@@ -96,7 +104,7 @@ def collect_parts(
         on_read: told how many more inputs have been read.
 
     Raises:
-        UserError: if input is invalid and ``on_invalid`` is error.
+        RefusedError: if input is invalid and ``on_invalid`` is error.
     """
     writer: _PartWriter | None = None
     for cleaned in map_batches(functools.partial(_clean_batch, config=config), _batches(parts)):
@@ -151,7 +159,7 @@ def _split_of(digest: bytes, validation_fraction: float) -> Split:
 class _PartWriter:
     """Counts, and writes chunks of documents."""
 
-    def __init__(self, part: Part, config: DataConfig, folder: epath.Path) -> None:
+    def __init__(self, part: _Key, config: DataConfig, folder: epath.Path) -> None:
         self._part, self._folder = part, folder
         self._stops = config.cleaning.on_invalid == "error"
         self._with_signatures = config.cleaning.near_duplicates is not None
@@ -167,9 +175,9 @@ class _PartWriter:
     def add(self, cleaned: _Cleaned) -> None:
         counts = self._counts
         for skipped in cleaned.skipped:
-            message = f"{skipped.identity}: {skipped.detail}"
+            message = printable(f"{skipped.identity}: {skipped.detail}")
             if skipped.reason not in FILTERS and self._stops:
-                raise UserError(
+                raise RefusedError(
                     f"{message} ({skipped.reason}); mend it, or have such input counted and skipped with "
                     "data.cleaning.on_invalid=skip"
                 )
@@ -204,13 +212,14 @@ def _batches(parts: Iterable[Part]) -> Iterator[_Batch]:
     for part in parts:
         items: list[Document | Skipped] = []
         size = 0
+        key = _Key(part.number, part.source, part.reader.name)
         for item in part.reader.read():
             if size >= _BATCH_CHARS:
-                yield _Batch(part, items, ends_part=False)
+                yield _Batch(key, items, ends_part=False)
                 items, size = [], 0
             items.append(item)
             size += len(item.text) if isinstance(item, Document) else len(item.detail)
-        yield _Batch(part, items, ends_part=True)
+        yield _Batch(key, items, ends_part=True)
 
 
 def _clean_batch(batch: _Batch, config: DataConfig) -> _Cleaned:
@@ -222,8 +231,7 @@ def _clean_batch(batch: _Batch, config: DataConfig) -> _Cleaned:
     near = config.cleaning.near_duplicates
     signatures = [signature(document.text, near) for document in kept] if near else []
     columns = np.array([_columns(document.text, config.validation_fraction) for document in kept], COLUMNS)
-    name = batch.part.reader.name
-    lines = [_line({"text": document.text, "identity": document.identity, "source": name}) for document in kept]
+    lines = [_line(document, batch.part.name) for document in kept]
     stacked = np.stack(signatures) if signatures else np.empty((0, near.permutations if near else 0), np.uint32)
     return _Cleaned(batch.part, lines, columns, stacked, skipped, batch.ends_part)
 
@@ -235,6 +243,11 @@ def _clean(document: Document, config: DataConfig, source: int) -> Document | Sk
     if isinstance(result, Document) and contamination and (found := contamination.find(result.text)):
         return Skipped(document.identity, CONTAMINATED, f"it shares '{found}' with the evaluation texts")
     return result
+
+
+def forget_contamination() -> None:
+    """Forgets the evaluation texts, which another preparation in this process may find changed."""
+    _contamination.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
@@ -249,7 +262,8 @@ def _columns(text: str, validation_fraction: float) -> tuple:
     return np.frombuffer(digest[:16], "<u8"), split, len(encoded), len(text.split())
 
 
-def _line(record: dict[str, str]) -> bytes:
+def _line(document: Document, source: str) -> bytes:
+    record = {"text": document.text, "identity": printable(document.identity), "source": source}
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 

@@ -6,6 +6,7 @@ where a file on shared storage is truncated under it. Shards in a bucket are rea
 """
 
 import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, Split, re
 from gpt1_jax.data.storage import AnyPath, file_system, is_remote, storage_errors, storage_fault
 from gpt1_jax.errors import DamagedError, StorageError
 from gpt1_jax.pool import available_cores
+from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 OFFSET = np.dtype("<i8")
 
@@ -57,6 +59,24 @@ class Corpus:
     def tokenizer_file(self) -> epath.Path:
         """The tokenizer that made the tokens: a SentencePiece model or, under the same name, a tokenizer.json."""
         return self.folder / "tokenizer.model"
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens.
+
+        Raises:
+            DamagedError: if it is missing or altered.
+            StorageError: if it cannot be read.
+        """
+        path, expected = self.tokenizer_file, self.manifest.tokenizer_fingerprint
+        try:
+            with storage_errors(path):
+                content = path.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            what = f"has SHA-256 {found}, its manifest says {expected}" if content else "is missing"
+            raise DamagedError(f"{path}: the corpus's tokenizer {what}; run 'gpt1 prepare' again to rebuild it")
+        return load_tokenizer(content, str(path))
 
     def tokens(self, split: Split) -> "TokenStream":
         """The whole split as one stream, source after source.

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ FOLDER = "documents"
 VERSION = "1.0.0"
 _RECORDS = 64  # read at once
 _SHARD_BYTES = 128_000_000  # of text in one ArrayRecord file; as much is held in memory while it is written
+_MOST_OPEN = 4  # files of a reader
 _MOST_SHARDS = 1024  # of a split; then they are larger. TFDS makes two steps of a Beam pipeline of each
 
 
@@ -128,8 +129,7 @@ Build = Callable[[tfds.core.DatasetBuilder], None]
 def write_documents(
     corpus: epath.Path,
     name: str,
-    kept: Mapping[Split, Sequence[tuple[Chunk, int]]],
-    sizes: Mapping[Split, int],
+    kept: Mapping[Split, Sequence[tuple[Chunk, int, int]]],
     work: epath.Path,
     build: Build,
 ) -> None:
@@ -138,8 +138,7 @@ def write_documents(
     Args:
         corpus: where to.
         name: of the corpus, from which that of the dataset is made.
-        kept: of each split the chunks, in order, with the number of documents that it has of them.
-        sizes: of each split, bytes of text.
+        kept: of each split the chunks, in order, with the number and the bytes of the documents that it has of them.
         work: where the chunks are.
         build: makes a TFDS builder write, on whatever engine.
 
@@ -149,7 +148,7 @@ def write_documents(
     folder = corpus / FOLDER
     if folder.exists():  # what a killed process left
         folder.rmtree()
-    shards = {split: [_Shard(work, split, spans) for spans in _plan(kept[split], sizes[split])] for split in SPLITS}
+    shards = {split: [_Shard(work, split, spans) for spans in _plan(kept[split])] for split in SPLITS}
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # what TFDS prints there is not this command's result
         try:
@@ -161,17 +160,20 @@ def write_documents(
             ) from None
 
 
-def has_documents(corpus: epath.Path) -> bool:
-    """Whether the documents are there: TFDS gives them their folder when they are complete."""
-    return bool(_datasets(corpus))
-
-
 def remove_leftovers(corpus: epath.Path) -> None:
-    """Removes what TFDS leaves beside the dataset: notes of its Beam workers, and a folder for downloads."""
-    for note in (corpus / FOLDER).glob("*/*/*.shard_infos.json"):
+    """Removes what is no part of the dataset: TFDS's notes and downloads, and what lost workers have left."""
+    for note in (corpus / FOLDER).glob(f"*/{VERSION}/*.shard_infos.json"):
         note.unlink()
-    if (corpus / FOLDER / "downloads").exists():
-        (corpus / FOLDER / "downloads").rmtree()
+    folders = [corpus / FOLDER / "downloads", *(corpus / FOLDER).glob("*/*incomplete*")]
+    folders += [path for path in (corpus / FOLDER).glob(f"*/{VERSION}/*") if path.is_dir()]
+    for folder in folders:
+        folder.rmtree(missing_ok=True)
+
+
+def dataset_files(corpus: epath.Path) -> list[epath.Path]:
+    """The files of the dataset."""
+    (folder,) = _datasets(corpus)
+    return sorted(folder.iterdir())
 
 
 def dataset_name(corpus: str) -> str:
@@ -184,22 +186,21 @@ def _datasets(corpus: epath.Path) -> list[epath.Path]:
     return [found.parent for found in (corpus / FOLDER).glob(f"*/{VERSION}/dataset_info.json")]
 
 
-def _plan(chunks: Sequence[tuple[Chunk, int]], size: int) -> list[list[Span]]:
-    """Which documents each ArrayRecord file of a split holds: as many files as it has shares of the given bytes."""
-    total = sum(count for _, count in chunks)
-    files = min(total, -(-size // _SHARD_BYTES), _MOST_SHARDS)
-    bounds = [total * number // files for number in range(files + 1)]
+def _plan(chunks: Sequence[tuple[Chunk, int, int]]) -> list[list[Span]]:
+    """Which documents each ArrayRecord file of a split holds: files of equal bytes, as far as those of chunks tell."""
+    total = sum(size for _, _, size in chunks)
+    files = min(-(-total // _SHARD_BYTES), _MOST_SHARDS)
     plan: list[list[Span]] = [[] for _ in range(files)]
-    start, file = 0, 0
-    for chunk, count in chunks:
-        at = start
-        while at < start + count:
-            stop = min(start + count, bounds[file + 1])
-            plan[file].append(Span(chunk, at - start, stop - at))
-            at = stop
-            file += at == bounds[file + 1]
-        start += count
-    return plan
+    start = 0
+    for chunk, count, size in chunks:
+        first, last = (at * files // total for at in (start, start + size - 1))
+        # Where in the chunk each of these files ends, its documents taken to be of one size.
+        cuts = [count * max(0, total * (file + 1) // files - start) // size for file in range(first, last)]
+        for file, (skip, stop) in enumerate(pairwise([0, *cuts, count]), first):
+            if skip < stop:
+                plan[file].append(Span(chunk, skip, stop - skip))
+        start += size
+    return [spans for spans in plan if spans]
 
 
 class DocumentReader:
@@ -246,6 +247,8 @@ class DocumentReader:
 
     def _opened(self, file: int) -> ArrayRecordDataSource:
         if file not in self._open:
+            while len(self._open) >= _MOST_OPEN:  # each is an open file
+                self._open.pop(next(iter(self._open))).__exit__(None, None, None)
             self._open[file] = ArrayRecordDataSource([os.fspath(local_copy(self._files[file]))])
         return self._open[file]
 

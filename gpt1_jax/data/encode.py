@@ -9,7 +9,7 @@ the shards are put together. In between the work folder holds, of each range of 
 
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,20 +64,19 @@ class ShardPlan:
     pieces: tuple[Piece, ...]
 
 
-def plan_ranges(documents: Mapping[Split, Sequence[int]], sizes: Mapping[Split, int]) -> list[Range]:
+def plan_ranges(documents: Mapping[Split, Sequence[int]], sizes: Mapping[Split, Sequence[int]]) -> list[Range]:
     """Ranges of about a megabyte of text each, or more of a large corpus, by split, source and place.
 
     Args:
         documents: of each split, how many of each source.
-        sizes: of each split, bytes of text.
+        sizes: of each split, bytes of text of each source.
     """
     ranges: list[Range] = []
     for split in SPLITS:
-        total = sum(documents[split])
-        step = max(1, _RANGE_BYTES * total // max(1, sizes[split]), total // _MOST_RANGES)
+        wanted = max(_RANGE_BYTES, sum(sizes[split]) // _MOST_RANGES)
         first = 0
-        for source, count in enumerate(documents[split]):
-            stop = first + count
+        for source, (count, size) in enumerate(zip(documents[split], sizes[split], strict=True)):
+            stop, step = first + count, max(1, wanted * count // max(1, size))
             ranges += [Range(split, source, at, min(stop, at + step)) for at in range(first, stop, step)]
             first = stop
     return ranges
@@ -93,12 +92,28 @@ def encode_range(documents: Range, corpus: epath.Path, work: epath.Path) -> None
 def encoded(documents: Range, corpus: epath.Path) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a range, each document followed by the separator, and where each of them ends (int64)."""
     reader, tokenizer = _opened(corpus, documents.split)
-    found = tokenizer.encode_batch([text for text, _ in reader.read(documents.start, documents.stop)])
-    ends = np.cumsum([len(document) + 1 for document in found])
-    tokens = np.full(ends[-1], tokenizer.separator_id, token_dtype(tokenizer.vocab_size))
-    for end, document in zip(ends, found, strict=True):
-        tokens[end - 1 - len(document) : end - 1] = document
-    return tokens, ends
+    dtype = token_dtype(tokenizer.vocab_size)
+    separator = np.array([tokenizer.separator_id], dtype)
+    pieces: list[np.ndarray] = []
+    for texts in _blocks(text for text, _ in reader.read(documents.start, documents.stop)):
+        for found in tokenizer.encode_batch(texts):
+            pieces += [np.asarray(found, dtype), separator]
+    ends = np.cumsum([len(piece) for piece in pieces])[1::2]
+    return np.concatenate(pieces), ends
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts of about a megabyte together: encoding takes many times the memory of the text."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= _RANGE_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 @functools.lru_cache(maxsize=2)

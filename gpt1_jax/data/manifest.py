@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import pydantic
 from etils import epath
 
-from gpt1_jax.data.storage import AnyPath, storage_errors
+from gpt1_jax.data.storage import AnyPath, storage_errors, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 
 MANIFEST = "manifest.json"
@@ -91,24 +91,34 @@ class Manifest(_Record):
         return tuple(shard for shard in self.shards if shard.split == split)
 
 
+def write_manifest(corpus: AnyPath, manifest: Manifest) -> None:
+    """Writes the manifest, with its own checksum as the last key: from then on the corpus is complete."""
+    content = manifest.model_dump(mode="json")
+    sealed = {**content, "sha256": _canonical_sha256(content)}
+    write_atomically(epath.Path(corpus) / MANIFEST, json.dumps(sealed, indent=2).encode() + b"\n")
+
+
 def read_manifest(corpus: AnyPath) -> Manifest:
     """Reads the manifest of a prepared corpus.
 
     Raises:
         UserError: if there is none.
-        DamagedError: if it cannot be parsed.
+        DamagedError: if it cannot be parsed, or is not as it was written.
         StorageError: if it cannot be read.
     """
     path = epath.Path(corpus) / MANIFEST
     try:
         with storage_errors(path):
-            return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("sha256", None) != _canonical_sha256(content):
+            raise DamagedError(f"{path}: not as it was written: its checksum is another; run 'gpt1 prepare' again")
+        return Manifest.model_validate(content)
     except FileNotFoundError:
         raise UserError(
             f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first"
         ) from None
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; prepare the corpus again") from None
+    except ValueError as error:  # no JSON, no UTF-8, or other keys
+        raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; run 'gpt1 prepare' again") from None
 
 
 def sha256_of(path: AnyPath) -> str:
@@ -119,5 +129,9 @@ def sha256_of(path: AnyPath) -> str:
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the settings in canonical JSON."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return _canonical_sha256(settings)[:16]
+
+
+def _canonical_sha256(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -23,10 +23,10 @@ from typing import Any
 from etils import epath
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.collect import is_complete, make_parts
+from gpt1_jax.data.collect import forget_contamination, is_complete, make_parts
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.counts import Collected, check_collected, count_collected
-from gpt1_jax.data.documents import FOLDER, DocumentReader, has_documents, remove_leftovers, write_documents
+from gpt1_jax.data.documents import DocumentReader, dataset_files, remove_leftovers, write_documents
 from gpt1_jax.data.duplicates import chunks_of, dropped_file
 from gpt1_jax.data.encode import (
     TOKENIZER,
@@ -50,6 +50,7 @@ from gpt1_jax.data.manifest import (
     fingerprint_of,
     read_manifest,
     sha256_of,
+    write_manifest,
 )
 from gpt1_jax.data.storage import (
     file_system,
@@ -60,7 +61,7 @@ from gpt1_jax.data.storage import (
     storage_errors,
     write_atomically,
 )
-from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.errors import DamagedError, RefusedError, UserError
 from gpt1_jax.text.contamination import load_contamination
 from gpt1_jax.text.document import TextSource
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
@@ -110,7 +111,7 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
     """Prepares a configuration's corpus, or finds it prepared.
 
     Killed at any moment and called again, it goes on and gives the bytes of an uninterrupted run. A second process
-    that prepares the same corpus on a local disk waits for the first.
+    that prepares the same corpus on a local disk waits for the first; in a bucket there must be none.
 
     Args:
         config: the configuration.
@@ -129,17 +130,17 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
     plan = _plan(config)
     folder = plan.folder
     with storage_errors(folder.parent):
-        found = (folder / MANIFEST).exists()
-        if found and not check:
+        if not check and (folder / MANIFEST).exists() and not (folder / _WORK).exists():
             return folder
         make_folder(folder.parent)
         lock = folder.parent / f".{folder.name}.lock"
         with locked(lock, lambda: progress("waiting for another process that prepares this corpus", 0, None)):
             with _engine(config, folder) as engine:
-                if found:
-                    _repair(plan, folder, engine, progress)
-                elif not (folder / MANIFEST).exists():
+                if not (folder / MANIFEST).exists():
                     _prepare(plan, folder, engine, progress)
+                (folder / _WORK).rmtree(missing_ok=True)  # complete, but killed before this
+                if check:
+                    _repair(plan, folder, engine, progress)
     return folder
 
 
@@ -205,31 +206,36 @@ def _prepare(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress
             progress(f"{source.name} needs the network: {source.network}", 0, None)
     try:
         manifest = _run_stages(plan, folder, work, engine, progress)
-    except UserError:  # what mends it gives another fingerprint: nothing here would be used again
+    except RefusedError:  # what mends it gives another fingerprint: nothing here would be used again
         folder.rmtree(missing_ok=True)
         raise
     finally:
         forget_opened()
-    work.rmtree()
-    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
+        forget_contamination()
+    write_manifest(folder, manifest)
+    work.rmtree(missing_ok=True)
 
 
 def _run_stages(plan: _Plan, folder: epath.Path, work: epath.Path, engine: Engine, progress: Progress) -> Manifest:
     data = plan.config.data
     collected = _collect(plan, work / "text", engine, progress)
-    if not has_documents(folder):
+    done = work / "documents.done"  # TFDS renames their folder at the end, which in a bucket takes long
+    if not done.exists():
         progress("writing documents", 0, None)
         name = folder.name.rpartition("-")[0]
         kept = {split: collected.chunks_of(split) for split in SPLITS}
-        write_documents(folder, name, kept, collected.bytes, work / "text", engine.build)
-    remove_leftovers(folder)
+        write_documents(folder, name, kept, work / "text", engine.build)
+        remove_leftovers(folder)
+        write_atomically(done, b"")
     if not (folder / TOKENIZER).exists():
         progress("training the tokenizer", 0, None)
-        sample = functools.partial(_sample, folder, collected.bytes["train"], data.tokenizer.sample_bytes)
+        sample = functools.partial(_sample, folder, sum(collected.bytes["train"]), data.tokenizer.sample_bytes)
         tokenizer = plan.tokenizer or train_tokenizer(sample(), plan.config.model.vocab_size)
         write_atomically(folder / TOKENIZER, tokenizer.to_bytes())
     shards = _encode(collected, folder, work, data.shard_tokens, engine, progress)
-    sums = _checksums(folder, work, engine, progress)
+    for leftover in folder.glob("*.tmp"):  # of a killed process
+        leftover.unlink()
+    sums = _checksums(folder, shards, work, engine, progress)
     return _manifest(plan, folder, collected, shards, sums)
 
 
@@ -269,11 +275,15 @@ def _encode(
     return tuple(plan.shard for plan in plans)
 
 
-def _checksums(folder: epath.Path, work: epath.Path, engine: Engine, progress: Progress) -> dict[str, FileSum]:
+def _checksums(
+    folder: epath.Path, shards: Sequence[Shard], work: epath.Path, engine: Engine, progress: Progress
+) -> dict[str, FileSum]:
     """The checksum of every file of the corpus, by relative path."""
-    documents = [path for path in (folder / FOLDER).glob("*/*/*")]
-    paths = [*documents, *(path for path in folder.iterdir() if path.name not in (FOLDER, _WORK))]
-    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    names = sorted(
+        [TOKENIZER]
+        + [name for shard in shards for name in (shard.file, shard.offsets_file)]
+        + [path.relative_to(folder).as_posix() for path in dataset_files(folder)]
+    )
     notes = work / "sums"
     make_folder(notes)
     _run(engine, "computing checksums", functools.partial(_note_checksum, folder=folder, notes=notes), names, progress)
@@ -292,13 +302,15 @@ def _note_checksum(name: str, folder: epath.Path, notes: epath.Path) -> None:
 
 def _repair(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress) -> None:
     """Rebuilds what is damaged: shards from the documents; anything else, and all that follows from it, anew."""
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError:
+        _replace(plan, folder, None, engine, progress)
+        return
     damaged = {problem.file for problem in verify_corpus(Corpus(folder), progress)} & set(manifest.files)
     shards = [shard for shard in manifest.shards if {shard.file, shard.offsets_file} & damaged]
     if damaged - {name for shard in shards for name in (shard.file, shard.offsets_file)}:
-        progress("the documents or the tokenizer are damaged: preparing the corpus again", 0, None)
-        folder.rmtree()
-        _prepare(plan, folder, engine, progress)
+        _replace(plan, folder, manifest, engine, progress)
     elif shards:
         names, work = ", ".join(shard.file for shard in shards), folder / _WORK
         make_folder(work)
@@ -309,6 +321,24 @@ def _repair(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress)
     for name in sorted(damaged):
         if what := damage_of(folder / name, manifest.files[name]):
             raise DamagedError(f"{folder / name}: made again, it {what}; remove the folder and prepare the corpus anew")
+
+
+def _replace(plan: _Plan, folder: epath.Path, manifest: Manifest | None, engine: Engine, progress: Progress) -> None:
+    """Prepares the corpus again beside the damaged one, which goes when the new one is whole."""
+    progress("the documents, the tokenizer or the manifest are damaged: preparing the corpus again", 0, None)
+    beside = folder.parent / f".{folder.name}.rebuilt" / folder.name
+    if not (beside / MANIFEST).exists():
+        _prepare(plan, beside, engine, progress)
+    files = read_manifest(beside).files
+    if manifest and files != manifest.files:
+        names = sorted(name for name in {**files, **manifest.files} if files.get(name) != manifest.files.get(name))
+        raise DamagedError(
+            f"{folder}: it is damaged, and made again from its sources it is another corpus ({', '.join(names)}); it "
+            f"was left as it is, and the new one is {beside}: put it in its place, or prepare with another data.root"
+        )
+    folder.rmtree()
+    beside.rename(folder)
+    beside.parent.rmtree(missing_ok=True)
 
 
 def _run(engine: Engine, stage: str, function: Callable[[Any], None], items: Sequence[Any], progress: Progress) -> None:
@@ -362,7 +392,7 @@ def _manifest(
         splits={
             split: SplitCounts(
                 documents=sum(collected.documents[split]),
-                bytes=collected.bytes[split],
+                bytes=sum(collected.bytes[split]),
                 words=collected.words[split],
                 tokens=sum(shard.tokens for shard in shards if shard.split == split),
             )

@@ -1,5 +1,6 @@
 """What is in a prepared corpus, in figures."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -81,7 +82,8 @@ def origin_of(identity: str) -> str:
     ``books/emma.txt`` ``books``.
     """
     if identity.startswith(("http://", "https://")):
-        return urlsplit(identity).hostname or identity
+        with contextlib.suppress(ValueError):  # it is no URL after all
+            return urlsplit(identity).hostname or identity
     parts = identity.split(":")
     while len(parts) > 1 and parts[-1].isdigit():
         parts.pop()

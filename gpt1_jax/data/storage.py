@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         with _putting(path):
             remote.pipe_file(name, content)
         return
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    # A name of its own: on a shared disk two workers may write the same file, to the same bytes.
+    temporary = Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_bytes(content)
     put_file(temporary, path)
 
@@ -178,8 +180,7 @@ def storage_errors(folder: AnyPath) -> Iterator[None]:
 def locked(path: AnyPath, on_wait: Callable[[], None]) -> Iterator[None]:
     """Holds an exclusive lock, waiting for it if need be; it falls with the process. The file is removed at the end.
 
-    Object storage has no lock that falls with its holder, and needs none: two processes that prepare the same corpus
-    write the same bytes under the same names.
+    Object storage has no lock that falls with its holder: there the caller must see to it that it is alone.
     """
     if is_remote(path):
         yield

@@ -57,6 +57,11 @@ class TextSource(Protocol):
         ...
 
 
+def printable(text: str) -> str:
+    """The text with what is no Unicode in it, such as bytes of a file's name, written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def parts(rows: range) -> list[range]:
     """Rows in parts that are read in one go: of ten thousand, or more where that would be thousands of parts."""
     size = max(10_000, len(rows) // 4096)

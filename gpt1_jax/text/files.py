@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from gpt1_jax.config import Files
 from gpt1_jax.errors import StorageError, UserError
 from gpt1_jax.text.compression import DAMAGE, SUFFIXES, decompressed
-from gpt1_jax.text.document import Document, Skipped, named, to_document
+from gpt1_jax.text.document import Document, Skipped, named, printable, to_document
 
 _HASHED_BYTES = 256_000_000  # local files up to this size in all are told apart by content, larger ones by time
 _GROUP_BYTES, _GROUP_FILES = 64_000_000, 1000  # of files read in one go
@@ -62,6 +62,8 @@ class FilesSource:
         for path in self._files:
             try:
                 yield from self._read_file(path)
+            except FileNotFoundError as error:  # it was there when the fingerprint was made
+                raise StorageError(f"{path}: has gone, or cannot be reached from here: {error}") from None
             except DAMAGE as error:
                 if "://" in path and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
                     # An outage of the network must not become a smaller corpus.
@@ -204,25 +206,25 @@ def file_states(paths: list[str]) -> list[list[Any]]:
 
 
 def _size(path: str) -> int:
-    """Bytes of a file; none if it cannot be told, which reading it will explain."""
+    """Bytes of a file; none if it has gone, which reading it will explain."""
+    if "://" not in path:
+        return os.path.getsize(path) if os.path.exists(path) else 0
     try:
-        if "://" not in path:
-            return os.path.getsize(path)
         file_system, name = fsspec.core.url_to_fs(path)
         return file_system.size(name) or 0
-    except OSError:
-        return 0
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}; run the same command again") from None
 
 
 def _local_state(path: str, hashed: bool) -> list[Any]:
-    state = os.stat(path)
+    state, name = os.stat(path), printable(path)
     if not hashed:
-        return [path, state.st_size, state.st_mtime_ns]
+        return [name, state.st_size, state.st_mtime_ns]
     try:
         with open(path, "rb") as file:
-            return [path, state.st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+            return [name, state.st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     except OSError as error:
-        return [path, state.st_size, type(error).__name__]  # reading it will say so
+        return [name, state.st_size, type(error).__name__]  # reading it will say so
 
 
 def _remote_state(path: str) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt1_jax.config import HuggingFace
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import StorageError, UserError
 from gpt1_jax.text.document import Document, Skipped, named, to_document
 from gpt1_jax.text.files import file_states, matched
 
@@ -44,13 +44,20 @@ class HuggingFaceSource:
 
         Raises:
             UserError: if the dataset or the split cannot be opened.
+            StorageError: if it cannot be read to its end.
         """
         records, field = self._records(), self._config.text_field
         count = records.num_shards
         for shard in range(count) if self._shards is None else self._shards:
-            for row, record in enumerate(records.shard(count, shard)):
-                document = to_document(record.get(field), f"{self.name}:{shard}:{row}", field)
-                yield named(document, record, self._config.identity_field)
+            try:
+                for row, record in enumerate(records.shard(count, shard)):
+                    document = to_document(record.get(field), f"{self.name}:{shard}:{row}", field)
+                    yield named(document, record, self._config.identity_field)
+            except Exception as error:  # of the network, mostly; the library raises many kinds
+                raise StorageError(
+                    f"{self.name}: shard {shard} cannot be read: {type(error).__name__}: {error}; run the same command "
+                    "again"
+                ) from None
 
     def split(self) -> Sequence["HuggingFaceSource"]:
         """A shard each."""

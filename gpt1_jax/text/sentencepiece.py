@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import sentencepiece as spm
 
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import RefusedError, UserError
 
 SEPARATOR = "<|endoftext|>"
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
@@ -108,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
         vocab_size: number of tokens.
 
     Raises:
-        UserError: if the sample is too small, or too varied, for so many tokens.
+        RefusedError: if the sample is too small, or too varied, for so many tokens.
     """
     model = io.BytesIO()
     try:
@@ -150,15 +150,15 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def _training_error(message: str, vocab_size: int) -> UserError:
+def _training_error(message: str, vocab_size: int) -> RefusedError:
     if largest := re.search(r"value <= (\d+)", message):
-        return UserError(
+        return RefusedError(
             f"model.vocab_size={vocab_size}: the corpus is too small for so many tokens; "
             f"the largest possible vocabulary is {largest[1]}. Lower model.vocab_size or add text"
         )
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return UserError(
+        return RefusedError(
             f"model.vocab_size={vocab_size}: too few for the bytes and the characters of this corpus; "
             f"the smallest possible vocabulary is {smallest[1]}"
         )
-    return UserError(f"model.vocab_size={vocab_size}: the tokenizer cannot be trained: {message}")
+    return RefusedError(f"model.vocab_size={vocab_size}: the tokenizer cannot be trained: {message}")

@@ -57,7 +57,18 @@ class DataOrder(pydantic.BaseModel):
 
 
 def data_order(config: Config, corpus: Corpus, step: int, examples: int) -> DataOrder:
-    """The order in which a run reads from a step on."""
+    """The order in which a run reads from a step on.
+
+    Raises:
+        UserError: if weights follow a schedule, which counts steps, and the steps before were of another batch size.
+    """
+    scheduled = any(isinstance(source.weight, dict) for source in config.data.sources)
+    if scheduled and examples != step * config.train.batch_size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: {examples} examples were read in the {step} steps so far, so "
+            "with this size the schedules of data.sources would begin elsewhere; keep the batch size, or give each "
+            "source a number as its weight"
+        )
     return DataOrder(
         step=step,
         examples=examples,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt1_jax.data.manifest import MANIFEST, FileSum, Manifest, Shard, SourceCounts, SplitCounts
+from gpt1_jax.data.manifest import FileSum, Manifest, Shard, SourceCounts, SplitCounts, write_manifest
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +43,5 @@ def _write_corpus(folder: Path, sources: Sequence[Sequence[int]], dtype: str = "
             for path in sorted(folder.iterdir())
         },
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    write_manifest(folder, manifest)
     return folder

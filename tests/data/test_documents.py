@@ -8,22 +8,23 @@ from gpt1_jax.data.duplicates import Chunk
 from gpt1_jax.errors import DamagedError
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 50))
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 2_000_000)), min_size=1, max_size=12), st.integers(1, 5))
 def test_files_of_a_split_hold_its_documents_in_order_and_evenly(counts, megabytes):
-    chunks = [(Chunk(str(number), 0, count + 7), count) for number, count in enumerate(counts)]
-    plan = documents._plan(chunks, megabytes * documents._SHARD_BYTES // 8)
+    chunks = [(Chunk(str(number), 0, count + 7), count, count * size) for number, (count, size) in enumerate(counts)]
+    total, most = sum(size for _, _, size in chunks), max(size for _, size in counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_SHARD_BYTES", megabytes * 1_000_000)
+        plan = documents._plan(chunks)
     held = [[(span.chunk.name, at) for span in file for at in range(span.skip, span.skip + span.take)] for file in plan]
-    assert [place for file in held for place in file] == [
-        (chunk.name, at) for chunk, count in chunks for at in range(count)
-    ]
-    sizes = {len(file) for file in held}
-    assert max(sizes) - min(sizes) <= 1
-    assert len(plan) == min(sum(counts), -(-megabytes // 8))
+    assert [place for file in held for place in file] == [(c.name, at) for c, count, _ in chunks for at in range(count)]
+    sizes = [sum(counts[int(name)][1] for name, _ in file) for file in held]
+    files = -(-total // (megabytes * 1_000_000))
+    assert all(held) and len(plan) <= files
+    assert max(sizes) <= total / files + 2 * most
 
 
 def test_a_split_has_a_bounded_number_of_files():
-    plan = documents._plan([(Chunk("0", 0, 5000), 5000)], 10**13)
-    assert len(plan) == documents._MOST_SHARDS
+    assert len(documents._plan([(Chunk("0", 0, 5000), 5000, 10**13)])) == documents._MOST_SHARDS
 
 
 def test_reader_reads_any_range(corpus):
