@@ -301,6 +301,7 @@ def test_recipe_is_its_sources(recipes):
         ("data: {sources: [{kind: recipe, file: FILE, weigth: 1}]}", "weigth: unknown key .* did you mean 'weight'"),
         ("data: {sources: [{kind: stories, weight: -1}]}", r"/r.yaml:1: data.sources.1.weight=-2.0: input should be"),
         ("data: [", "not valid YAML"),
+        ("data: {sources: [{kind: stories, weight: {first: 1}}]}", "the keys of a schedule are steps"),
     ],
 )
 def test_mistakes_in_recipes_are_located(tmp_path, content, message):

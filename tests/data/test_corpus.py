@@ -2,6 +2,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -141,12 +142,12 @@ def test_a_shard_is_checked_once(write_corpus, tmp_path, monkeypatch):
     assert sorted(checked) == ["train-00-00000.tokens", "train-01-00000.tokens"]
 
 
-def test_a_manifest_without_a_checksum_is_damaged(write_corpus, tmp_path):
+def test_an_altered_manifest_is_damaged(write_corpus, tmp_path):
     path = write_corpus(tmp_path, [[5]]) / "manifest.json"
     content = json.loads(path.read_text())
     del content["files"]["train-00-00000.tokens"]
     path.write_text(json.dumps(content))
-    with pytest.raises(DamagedError, match=r"manifest\.json: has no checksum of train-00-00000\.tokens"):
+    with pytest.raises(DamagedError, match=r"manifest\.json: not as it was written"):
         Corpus(tmp_path)
 
 
@@ -183,3 +184,17 @@ def test_unreadable_shard_is_a_storage_error(write_corpus, tmp_path):
     shard.mkdir()
     with pytest.raises(StorageError, match=r"train-00-00000\.tokens: cannot be read"):
         stream.read(0, 1)
+
+
+def test_the_tokenizer_is_compared_with_the_manifest(corpus, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(corpus.folder, folder)
+    assert Corpus(folder).tokenizer().fingerprint == corpus.manifest.tokenizer_fingerprint
+    content = bytearray((folder / "tokenizer.model").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"tokenizer\.model: the corpus's tokenizer has SHA-256"):
+        Corpus(folder).tokenizer()
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(DamagedError, match=r"tokenizer\.model: the corpus's tokenizer is missing"):
+        Corpus(folder).tokenizer()

@@ -22,7 +22,7 @@ from etils import epath
 
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.data import encode
+from gpt1_jax.data import documents, encode
 from gpt1_jax.data import prepare as preparation
 from gpt1_jax.data.collect import split_of
 from gpt1_jax.data.documents import read_documents
@@ -127,9 +127,9 @@ def test_tokens_are_those_of_the_documents(corpus):
 
 def test_documents_keep_order_identity_and_split(corpus, texts):
     found = {split: list(read_documents(corpus, split)) for split in ("train", "validation")}
-    for split, documents in found.items():
-        assert all(split_of(text, 0.1) == split for text, _ in documents)
-        lines = [int(identity.rpartition(":")[2]) for _, identity in documents if "a.jsonl" in identity]
+    for split, pairs in found.items():
+        assert all(split_of(text, 0.1) == split for text, _ in pairs)
+        lines = [int(identity.rpartition(":")[2]) for _, identity in pairs if "a.jsonl" in identity]
         assert lines == sorted(lines)
     everything = dict(identity_text[::-1] for split in found.values() for identity_text in split)
     assert everything[f"{texts}/a.jsonl:3"] == story(2)
@@ -216,7 +216,8 @@ if __name__ == "__main__":
         ("encode", "_write", 2),
         ("encode", "put_file", 3),
         ("prepare", "sha256_of", 3),
-        ("prepare", "write_atomically", 20),
+        ("prepare", "write_atomically", 2),
+        ("prepare", "write_manifest", 0),
     ],
 )
 def test_killed_preparation_goes_on_to_the_same_bytes(corpus, texts, tmp_path, module, name, calls):
@@ -270,20 +271,25 @@ def damage(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "foreign"])
-@pytest.mark.parametrize("name", ["train-00-00001.tokens", "validation-01-00000.offsets", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["train-00-00001.tokens", "validation-01-00000.offsets", "tokenizer.model", "manifest.json"]
+)
 def test_damage_is_mended(corpus, texts, tmp_path, monkeypatch, name, how):
     folder = tmp_path / corpus.name
     shutil.copytree(corpus, folder)
     damage(folder / name, how)
     written = []
     monkeypatch.setattr("gpt1_jax.data.encode._write", lambda *args: written.append(args[0].file) or write(*args))
-    assert prepare(config(texts, tmp_path)) == epath.Path(folder)  # does not look
+    if (name, how) != ("manifest.json", "missing"):
+        assert prepare(config(texts, tmp_path)) == epath.Path(folder)  # does not look
     assert not written
     stages = []
     assert prepare(config(texts, tmp_path), lambda *args: stages.append(args), check=True) == epath.Path(folder)
     assert contents(folder) == contents(corpus)
     assert [path.name for path in tmp_path.iterdir()] == [corpus.name]
-    if name.startswith("tokenizer"):
+    if name == "manifest.json" and how == "missing":
+        assert stages[0][0].startswith("reading")  # as if nothing were there
+    elif name in ("tokenizer.model", "manifest.json"):
         assert any("preparing the corpus again" in stage for stage, *_ in stages)
     else:
         assert [Path(file).stem for file in written] == [Path(name).stem]  # this shard alone
@@ -310,6 +316,89 @@ def test_damaged_documents_are_prepared_again(corpus, texts, tmp_path):
         prepare(config(tmp_path / "gone", tmp_path), check=True)
     prepare(config(texts, tmp_path), check=True)
     assert contents(folder) == contents(corpus)
+
+
+def test_a_damaged_corpus_is_kept_until_the_new_one_is_whole(corpus, texts, tmp_path, monkeypatch):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    damage(folder / "tokenizer.model", "flipped")
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "count_collected", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config(texts, tmp_path), check=True)
+    assert contents(folder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "train_tokenizer", lambda texts, size: train_tokenizer(list(texts)[:90], size))
+        with pytest.raises(DamagedError, match=r"it is another corpus \(.*tokenizer\.model"):
+            prepare(config(texts, tmp_path), check=True)
+    assert contents(folder) == before
+    shutil.rmtree(tmp_path / f".{folder.name}.rebuilt")
+    prepare(config(texts, tmp_path), check=True)
+    assert contents(folder) == contents(corpus)
+
+
+def test_what_fails_for_another_reason_is_not_done_again(texts, tmp_path, monkeypatch):
+    def outage(*args):
+        raise UserError("the hub is out of reach")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "plan_shards", outage)
+        with pytest.raises(UserError, match="out of reach"):
+            prepare(config(texts, tmp_path))
+    monkeypatch.setattr(preparation, "make_parts", never)
+    prepare(config(texts, tmp_path))
+
+
+def test_what_a_kill_after_the_manifest_left_goes(corpus, texts, tmp_path):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    (folder / ".work" / "text").mkdir(parents=True)
+    (folder / ".work" / "text" / "000000.json").write_text("{}")
+    prepare(config(texts, tmp_path))
+    assert contents(folder) == contents(corpus)
+
+
+def test_leftovers_do_not_enter_the_manifest(corpus, texts, tmp_path, monkeypatch):
+    def with_leftovers(*args, **kwargs):
+        documents.write_documents(*args, **kwargs)
+        (folder,) = args[0].glob("documents/*/1.0.0")
+        (folder / "tmpabc").mkdir()
+        (folder.parent / "1.0.0.incompleteXYZ").mkdir()
+        (args[0] / "train-00-00000.offsets.1234.tmp").write_bytes(b"half")
+
+    monkeypatch.setattr(preparation, "write_documents", with_leftovers)
+    assert contents(prepare(config(texts, tmp_path))) == contents(corpus)
+
+
+def test_a_file_that_goes_is_no_smaller_corpus(texts, tmp_path, monkeypatch):
+    shutil.copytree(texts, tmp_path / "texts")
+    settings = config(tmp_path / "texts", tmp_path / "root")
+    plan = preparation._plan
+
+    def goes(config):
+        found = plan(config)
+        (tmp_path / "texts" / "b.parquet").unlink()
+        return found
+
+    monkeypatch.setattr(preparation, "_plan", goes)
+    with pytest.raises(StorageError, match=r"b\.parquet: has gone"):
+        prepare(settings)
+
+
+def test_names_that_are_no_unicode(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "texts")
+    (tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text(story(777))
+    rows = [{"text": story(n), "name": "half \ud83d"} for n in (800, 801)] + [{"\ud800": "no text"}]
+    (tmp_path / "texts" / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(tmp_path / "texts", tmp_path / "root")
+    sources = [
+        source.model_copy(update={"identity_field": "name"}).model_dump(mode="json") for source in settings.data.sources
+    ]
+    named = config(tmp_path / "texts", tmp_path / "root", f"data.sources={json.dumps(sources)}")
+    found = [name for split in ("train", "validation") for _, name in read_documents(prepare(named), split)]
+    assert any(name.endswith("caf\\udce9.txt") for name in found)
+    assert found.count("half \\ud83d") == 2
 
 
 def test_a_shard_that_comes_out_otherwise_is_an_error(corpus, texts, tmp_path, monkeypatch):

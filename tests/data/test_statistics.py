@@ -21,6 +21,7 @@ from gpt1_jax.text.tokenizer import read_tokenizer
         ("books/emma.txt", "books"),
         ("stories/77", "stories"),
         ("Emma", "Emma"),
+        ("http://[broken/page", "http://[broken"),
     ],
 )
 def test_origin(identity, origin):

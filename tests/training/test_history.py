@@ -64,3 +64,10 @@ def test_what_is_not_known_is_refused(run, config, corpus):
     (run / HISTORY).write_text('{"step": 0}\n')
     with pytest.raises(DamagedError, match=r"data\.jsonl: not what training writes"):
         order_at(run, 1)
+
+
+def test_a_schedule_counts_steps_of_one_batch_size(corpus, run_yaml):
+    scheduled = parse_config(run_yaml.replace("kind: files", "kind: files\n      weight: {0: 1, 9: 2}"), "test")
+    assert data_order(scheduled, corpus, 4, 4 * scheduled.train.batch_size).step == 4
+    with pytest.raises(UserError, match=r"train\.batch_size=8: 16 examples were read in the 4 steps so far"):
+        data_order(scheduled, corpus, 4, 16)
