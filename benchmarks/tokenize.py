@@ -18,7 +18,6 @@ if (folder := __file__.rpartition("/")[0]) in sys.path:
     sys.path.remove(folder)
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -102,12 +101,11 @@ def _on_all_cores(ours: SentencePieceTokenizer, same: Any, documents: list[str],
     cores = available_cores()
     batches = [documents[at : at + 50] for at in range(0, len(documents), 50)]
     seconds: dict[str, list[float]] = {"gpt1_jax": [], SAME: []}
-    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
-        count_batch = functools.partial(_count, ours.to_bytes())
-        list(pool.map(count_batch, batches))
+    with ProcessPoolExecutor(cores, get_context("spawn"), _load, (ours.to_bytes(),)) as pool:
+        list(pool.map(_count, batches))
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            count = sum(pool.map(count_batch, batches))
+            count = sum(pool.map(_count, batches))
             seconds["gpt1_jax"].append(time.perf_counter() - start)
             os.environ["TOKENIZERS_PARALLELISM"] = "true"
             start = time.perf_counter()
@@ -116,13 +114,15 @@ def _on_all_cores(ours: SentencePieceTokenizer, same: Any, documents: list[str],
     return {name: round(size / 1e6 / min(found), 2) for name, found in seconds.items()}
 
 
-def _count(model: bytes, texts: list[str]) -> int:
-    return sum(map(len, _loaded(model).encode_batch(texts)))
+_in_worker: list[SentencePieceTokenizer] = []  # of a process of the pool
 
 
-@functools.cache
-def _loaded(model: bytes) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(model)
+def _load(model: bytes) -> None:
+    _in_worker.append(SentencePieceTokenizer(model))
+
+
+def _count(texts: list[str]) -> int:
+    return sum(map(len, _in_worker[0].encode_batch(texts)))
 
 
 def import_tokenizers() -> Any:

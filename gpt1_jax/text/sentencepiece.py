@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import sentencepiece as spm
@@ -75,11 +76,12 @@ class SentencePieceTokenizer:
             lines += _LINE.findall(text)
             ends.append(len(lines))
         encoded = self._processor.encode(lines, num_threads=1)
-        for number, line in enumerate(lines):
-            if SPACE_MARK in line:
-                encoded[number] = self._encode_marked(line)
+        if any(SPACE_MARK in text for text in texts):
+            for number, line in enumerate(lines):
+                if SPACE_MARK in line:
+                    encoded[number] = self._encode_marked(line)
         return [
-            np.fromiter((token for line in encoded[start:end] for token in line), np.int32)
+            np.fromiter(chain.from_iterable(encoded[start:end]), np.int32)
             for start, end in zip([0, *ends], ends, strict=False)
         ]
 
