@@ -63,7 +63,8 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fal
     print(folder)
     for source in manifest.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items()) or "none"
-        print(f"  {source.name}: {source.read:,} documents read, {source.kept:,} kept; dropped: {dropped}")
+        cut = "".join(f"; {what} cut off {count:,}" for what, count in source.cut.items())
+        print(f"  {source.name}: {source.read:,} documents read, {source.kept:,} kept; dropped: {dropped}{cut}")
     for split, counts in manifest.splits.items():
         print(
             f"  {split}: {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.words:,} words, "

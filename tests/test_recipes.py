@@ -13,6 +13,7 @@ import pytest
 from gpt1_jax.config import Config, HuggingFace
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.data.documents import read_documents
+from gpt1_jax.data.manifest import read_manifest
 from gpt1_jax.data.prepare import prepare
 from gpt1_jax.data.statistics import origin_of
 
@@ -91,6 +92,9 @@ def test_pg19_and_books_read_files_of_their_form(tmp_path):
         begin, end = (mark.format(number) for mark in marks)
         (tmp_path / f"{number}.txt").write_text(f"Licence.\n{begin}\n\n{article(number)}\n\n{end}\nLicence.\n")
     assert {text.strip() for _, text in prepared("books", tmp_path, paths=paths)} == set(map(article, range(40)))
+    manifests = [read_manifest(path.parent) for path in (tmp_path / "prepared").glob("*/manifest.json")]
+    cut = [source.cut for manifest in manifests for source in manifest.sources]
+    assert sorted(cut, key=len) == [{}, {"gutenberg": 40}]
 
 
 def test_what_needs_the_network_says_so_before_anything_is_read(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ class PartCounts(pydantic.BaseModel):
         source: its index.
         read: inputs, whatever became of them.
         dropped: how many of them, by reason.
+        cut: of how many documents something was cut off, by what it was.
         examples: of each reason, the first input that it dropped.
         chunks: documents in each.
     """
@@ -58,6 +59,7 @@ class PartCounts(pydantic.BaseModel):
     source: int
     read: int = 0
     dropped: Counter[str] = Counter()
+    cut: Counter[str] = Counter()
     examples: dict[str, str] = {}
     chunks: list[int] = []
 
@@ -84,6 +86,7 @@ class _Cleaned(NamedTuple):
     columns: np.ndarray
     signatures: np.ndarray
     skipped: list[Skipped]
+    cut: Counter[str]
     ends_part: bool
 
 
@@ -183,6 +186,7 @@ class _PartWriter:
                 )
             counts.dropped[skipped.reason] += 1
             counts.examples.setdefault(skipped.reason, message)
+        counts.cut.update(cleaned.cut)
         counts.read += len(cleaned.lines) + len(cleaned.skipped)
         self._lines += cleaned.lines
         self._columns.append(cleaned.columns)
@@ -233,7 +237,8 @@ def _clean_batch(batch: _Batch, config: DataConfig) -> _Cleaned:
     columns = np.array([_columns(document.text, config.validation_fraction) for document in kept], COLUMNS)
     lines = [_line(document, batch.part.name) for document in kept]
     stacked = np.stack(signatures) if signatures else np.empty((0, near.permutations if near else 0), np.uint32)
-    return _Cleaned(batch.part, lines, columns, stacked, skipped, batch.ends_part)
+    cut = Counter(document.cut for document in kept if document.cut)
+    return _Cleaned(batch.part, lines, columns, stacked, skipped, cut, batch.ends_part)
 
 
 def _clean(document: Document, config: DataConfig, source: int) -> Document | Skipped:

@@ -50,12 +50,14 @@ def count_collected(parts: int, chunks: Sequence[Chunk], names: Sequence[str], f
         folder: where they are.
     """
     dropped: list[Counter[str]] = [Counter() for _ in names]
+    cut: list[Counter[str]] = [Counter() for _ in names]
     read = [0] * len(names)
     examples: dict[str, str] = {}
     for part in range(parts):
         counts = counts_of(part, folder)
         read[counts.source] += counts.read
         dropped[counts.source].update(counts.dropped)
+        cut[counts.source].update(counts.cut)
         examples = counts.examples | examples  # the first stays
     kept: dict[Split, list[tuple[int, int]]] = {split: [] for split in SPLITS}
     documents: dict[Split, list[int]] = {split: [0] * len(names) for split in SPLITS}
@@ -78,6 +80,7 @@ def count_collected(parts: int, chunks: Sequence[Chunk], names: Sequence[str], f
             read=read[number],
             kept=sum(documents[split][number] for split in SPLITS),
             dropped=dict(sorted(dropped[number].items())),
+            cut=dict(cut[number]),
         )
         for number, name in enumerate(names)
     )

@@ -37,12 +37,13 @@ class FileSum(_Record):
 
 
 class SourceCounts(_Record):
-    """What one source gave: documents read, kept, and dropped by reason."""
+    """What one source gave: documents read, kept, dropped by reason, and those of which something was cut off."""
 
     name: str
     read: int
     kept: int
     dropped: dict[str, int]
+    cut: dict[str, int] = {}
 
 
 class SplitCounts(_Record):

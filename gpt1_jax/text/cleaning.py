@@ -37,7 +37,7 @@ def clean(document: Document, config: CleaningConfig, quality: Quality) -> Docum
         The cleaned document, or why it is dropped: ``surrogates`` (not Unicode text), ``too_short``, ``too_long``, or
         for its quality (:func:`gpt1_jax.text.quality.apply_quality`).
     """
-    text, identity = document.text, document.identity
+    text, identity, cut = document.text, document.identity, None
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -48,11 +48,11 @@ def clean(document: Document, config: CleaningConfig, quality: Quality) -> Docum
         judged = apply_quality(Document(text, identity), quality)  # by its lines, which standardising changes
         if isinstance(judged, Skipped):
             return judged
-        text = judged.text
+        text, cut = judged.text, judged.cut
         if config.standardize:
             text = standardize(text)
     if len(text) > config.max_chars:
         return Skipped(identity, TOO_LONG, f"{len(text):,} characters; data.cleaning.max_chars={config.max_chars:,}")
     if len(text) < config.min_chars:
         return Skipped(identity, TOO_SHORT, f"{len(text)} characters; data.cleaning.min_chars={config.min_chars}")
-    return Document(text, identity)
+    return Document(text, identity, cut)

@@ -1,21 +1,23 @@
 """What a source of text yields: documents, and what could not become one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 # Reasons of the filters. Every other reason is invalid input, which `data.cleaning.on_invalid` rules.
 TOO_SHORT, TOO_LONG, DUPLICATE, NEAR_DUPLICATE = "too_short", "too_long", "duplicate", "near_duplicate"
+GUTENBERG = "gutenberg"  # what was cut off
 LANGUAGE, SYMBOLS, REPETITION, CONTAMINATED = "language", "symbols", "repetition", "contaminated"
 FILTERS = frozenset({TOO_SHORT, TOO_LONG, DUPLICATE, NEAR_DUPLICATE, LANGUAGE, SYMBOLS, REPETITION, CONTAMINATED})
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it came from, e.g. ``books/emma.txt`` or ``posts.jsonl:17``."""
+    """A text and where it came from, such as ``books/emma.txt`` or ``posts.jsonl:17``; and what was cut off."""
 
     text: str
     identity: str
+    cut: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,9 @@ def parts(rows: range) -> list[range]:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def named(item: Document | Skipped, record: Mapping[str, Any], field: str | None) -> Document | Skipped:
+def named(item: Document | Skipped, record: Mapping[str, Any], key: str | None) -> Document | Skipped:
     """The document under the name that a field of its record gives it; without one, under the name that it has."""
-    name = record.get(field) if field else None
+    name = record.get(key) if key else None
     if isinstance(name, bytes):
         name = name.decode("utf-8", "replace")
     return Document(item.text, str(name)) if name not in (None, "") and isinstance(item, Document) else item

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt1_jax.config import Quality
 from gpt1_jax.errors import UserError, nearest
-from gpt1_jax.text.document import LANGUAGE, REPETITION, SYMBOLS, TOO_SHORT, Document, Skipped
+from gpt1_jax.text.document import GUTENBERG, LANGUAGE, REPETITION, SYMBOLS, TOO_SHORT, Document, Skipped
 from gpt1_jax.text.gutenberg import strip_gutenberg
 from gpt1_jax.text.repetition import repetition_measures
 
@@ -48,9 +48,10 @@ def apply_quality(document: Document, quality: Quality) -> Document | Skipped:
         The document, or why it is dropped: ``language``, ``symbols`` or ``repetition``, with the rule, the value and
         the limit in its detail; ``too_short`` if the markers of Project Gutenberg hold nothing between them.
     """
-    text, identity = document.text, document.identity
+    text, identity, cut = document.text, document.identity, None
     if quality.gutenberg:
         text = strip_gutenberg(text)
+        cut = GUTENBERG if text != document.text else None
         if not text:
             return Skipped(identity, TOO_SHORT, "nothing stands between the markers of Project Gutenberg")
     if quality.languages and (detail := _foreign(text, quality)):
@@ -63,7 +64,7 @@ def apply_quality(document: Document, quality: Quality) -> Document | Skipped:
             if not low <= value <= high:
                 limit = f"at least {low:,}" if value < low else f"at most {high:,}"
                 return Skipped(identity, reason, f"{rule}: {value:,.6g}; {limit}")
-    return Document(text, identity)
+    return Document(text, identity, cut)
 
 
 def _foreign(text: str, quality: Quality) -> str | None:
