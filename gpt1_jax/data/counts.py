@@ -64,11 +64,12 @@ def count_collected(parts: int, chunks: Sequence[Chunk], names: Sequence[str], f
     sizes: dict[Split, list[int]] = {split: [0] * len(names) for split in SPLITS}
     words = dict.fromkeys(SPLITS, 0)
     for chunk in chunks:
-        for number, count in enumerate(np.bincount(read_array(dropped_file(chunk, folder))).tolist()):
+        out = read_array(dropped_file(chunk, folder))
+        for number, count in enumerate(np.bincount(out).tolist()):
             if number and count:
                 dropped[chunk.source][REASONS[number]] += count
         columns = read_array(folder / f"{chunk.name}.columns.npy")
-        for split, wanted in zip(SPLITS, is_kept(chunk, folder), strict=True):
+        for split, wanted in zip(SPLITS, is_kept(columns, out), strict=True):
             count, size = int(wanted.sum()), int(columns["bytes"][wanted].sum())
             kept[split].append((count, size))
             documents[split][chunk.source] += count

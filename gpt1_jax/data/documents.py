@@ -58,18 +58,17 @@ class _Shard:
                 key += 1
 
     def _kept(self, chunk: Chunk) -> Iterator[dict[str, str]]:
-        wanted = is_kept(chunk, self._work)[SPLITS.index(self._split)]
+        columns = read_array(self._work / f"{chunk.name}.columns.npy")
+        wanted = is_kept(columns, read_array(dropped_file(chunk, self._work)))[SPLITS.index(self._split)]
         with open(local_copy(self._work / f"{chunk.name}.jsonl"), encoding="utf-8") as file:
             for line, kept in zip(file, wanted, strict=True):
                 if kept:
                     yield json.loads(line)
 
 
-def is_kept(chunk: Chunk, work: epath.Path) -> np.ndarray:
+def is_kept(columns: np.ndarray, dropped: np.ndarray) -> np.ndarray:
     """Whether a split has each document of a chunk, bool [splits, documents]."""
-    columns = read_array(work / f"{chunk.name}.columns.npy")
-    left = read_array(dropped_file(chunk, work)) == 0
-    return np.stack([left & (columns["split"] == number) for number in range(len(SPLITS))])
+    return np.stack([(dropped == 0) & (columns["split"] == number) for number in range(len(SPLITS))])
 
 
 class _Writer(writer.ExampleWriter):
@@ -234,8 +233,10 @@ class DocumentReader:
         Raises:
             DamagedError: if a file is missing or cannot be read.
         """
-        for file in range(len(self._files)):
+        for file in range(int(np.searchsorted(self._ends, start, side="right")), len(self._files)):
             begin = int(self._ends[file - 1]) if file else 0
+            if begin >= stop:
+                return
             wanted = range(max(start, begin) - begin, min(stop, int(self._ends[file])) - begin)
             for at in range(wanted.start, wanted.stop, _RECORDS):
                 with self._readable():

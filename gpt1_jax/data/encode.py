@@ -174,16 +174,8 @@ def write_shard(plan: ShardPlan, corpus: epath.Path, work: epath.Path) -> None:
 
 def rebuild_shard(shard: Shard, corpus: epath.Path, work: epath.Path) -> None:
     """Makes one shard of a prepared corpus again, from its documents."""
-    stop = shard.first_document + shard.documents
-    text_bytes = 0
-    ranges, start = [], shard.first_document
-    reader, _ = _opened(corpus, shard.split)
-    for position, (text, _) in enumerate(reader.read(start, stop), start + 1):
-        text_bytes += len(text)
-        if text_bytes >= _RANGE_BYTES or position == stop:
-            ranges.append(Range(shard.split, shard.source, start, position))
-            start, text_bytes = position, 0
-    _write(shard, (encoded(documents, corpus) for documents in ranges), corpus, work)
+    documents = Range(shard.split, shard.source, shard.first_document, shard.first_document + shard.documents)
+    _write(shard, iter([encoded(documents, corpus)]), corpus, work)
 
 
 def _read_piece(piece: Piece, corpus: epath.Path, work: epath.Path) -> tuple[np.ndarray, np.ndarray]:
