@@ -49,9 +49,9 @@ class Corpus:
         self.manifest: Manifest = read_manifest(self.folder)
         self._verify = verify
         self._readers = ThreadPoolExecutor(readers, "reader") if readers else None
-        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._shards = {
-            shard.file: _ShardFile(self.folder / shard.file, shard.tokens * dtype.itemsize, self._sum(shard.file))
+            shard.file: _ShardFile(self.folder / shard.file, shard.tokens * self._dtype.itemsize, self._sum(shard.file))
             for shard in self.manifest.shards
         }
 
@@ -93,8 +93,7 @@ class Corpus:
             sizes = {os.path.basename(found["name"]): found["size"] for found in files.ls(folder, detail=True)}
         for shard in shards:
             self._shards[shard.file].check_size(sizes.get(shard.file))
-        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        return TokenStream([self._shards[shard.file] for shard in shards], dtype, self._readers)
+        return TokenStream([self._shards[shard.file] for shard in shards], self._dtype, self._readers)
 
     def source_tokens(self, split: Split) -> list[int]:
         """Tokens of each source in the split; in the stream of the split they follow each other in this order."""

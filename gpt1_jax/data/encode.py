@@ -118,7 +118,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 @functools.lru_cache(maxsize=2)
 def _opened(corpus: epath.Path, split: Split) -> tuple[DocumentReader, Tokenizer]:
-    return DocumentReader(corpus, split), read_tokenizer(local_copy(corpus / TOKENIZER))
+    return DocumentReader(corpus, split), read_tokenizer(corpus / TOKENIZER)
 
 
 def forget_opened() -> None:

@@ -54,7 +54,6 @@ from gpt1_jax.data.manifest import (
 )
 from gpt1_jax.data.storage import (
     file_system,
-    local_copy,
     locked,
     make_folder,
     names_in,
@@ -379,7 +378,7 @@ def _manifest(
     shards: tuple[Shard, ...],
     files: Mapping[str, FileSum],
 ) -> Manifest:
-    tokenizer = read_tokenizer(local_copy(folder / TOKENIZER))
+    tokenizer = read_tokenizer(folder / TOKENIZER)
     return Manifest(
         name=folder.name.rpartition("-")[0],
         fingerprint=fingerprint_of(plan.settings),
