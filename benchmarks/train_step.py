@@ -33,7 +33,8 @@ def ours(dtype: str, batch_size: int, context_length: int, overrides: list[str])
     import numpy as np
 
     from gpt1_jax.config_file import parse_config
-    from gpt1_jax.training.mesh import batch_sharding, make_mesh
+    from gpt1_jax.model.sharding import batch_sharding
+    from gpt1_jax.training.mesh import make_mesh
     from gpt1_jax.training.optimizer import make_optimizer
     from gpt1_jax.training.state import init_state
     from gpt1_jax.training.step import compile_train_step

@@ -52,7 +52,8 @@ class ModelConfig(Section):
     dropout: Fraction = 0.1  # on the embeddings and on each residual branch
     attention_dropout: Fraction = 0.1  # on the attention probabilities
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; parameters are always float32
-    attention: Literal["xla"] = "xla"
+    # What computes causal attention; auto: the fastest that does the same (docs/performance.md)
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
     loss_chunk: PositiveInt = 128  # positions of each sequence whose logits exist at once
@@ -89,6 +90,11 @@ class ModelConfig(Section):
             problems.append(
                 f"model.positions=rotary turns pairs of numbers, but a head is {self.head_dim} wide "
                 f"(model.embed_dim={self.embed_dim} / model.num_heads={self.num_heads}); choose an even width"
+            )
+        if self.attention in ("splash", "cudnn") and self.attention_dropout:
+            problems.append(
+                f"model.attention={self.attention} cannot drop attention probabilities "
+                f"(model.attention_dropout={self.attention_dropout}); set that to 0, or model.attention=xla"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -297,6 +303,10 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 64  # sequences in one update
     context_length: PositiveInt | None = None  # tokens in a sequence; null: model.context_length
     accumulation: PositiveInt = 1  # micro-batches whose gradients are averaged into one update
+    # In which devices add up their gradients; auto: bfloat16 on TPUs and GPUs where model.dtype is, else float32
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Add up gradients of so many groups of rows, in order: the same bits on any number of devices that divides it
+    deterministic_groups: PositiveInt | None = None
     log_every: PositiveInt = 100  # steps; the first and the last are always logged
 
     @model_validator(mode="after")
@@ -304,6 +314,12 @@ class TrainConfig(Section):
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}"
+            )
+        rows = self.batch_size // self.accumulation
+        if self.deterministic_groups and rows % self.deterministic_groups:
+            raise ValueError(
+                f"train.deterministic_groups={self.deterministic_groups} does not divide train.batch_size="
+                f"{self.batch_size} / train.accumulation={self.accumulation}, that is {rows} rows"
             )
         return self
 
@@ -324,15 +340,23 @@ class OptimizerConfig(Section):
 
 
 class MeshConfig(Section):
-    """Sizes of the mesh axes; one of them may be null and then takes the devices that are left."""
+    """Sizes of the mesh axes; one of data to tensor may be null and then takes the devices that are left."""
 
+    slices: PositiveInt | None = None  # groups of devices that a slower network joins; null: as the devices say
     data: PositiveInt | None = None  # batch split, parameters replicated
     fsdp: PositiveInt | None = 1  # batch split, parameters split too
+    sequence: PositiveInt | None = 1  # positions of a sequence split
     tensor: PositiveInt | None = 1  # heads, MLP and vocabulary split
+    shard_optimizer: bool = False  # split the optimizer's state over data (ZeRO-1)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Sizes of the axes within a slice, the slowest to communicate first."""
+        return {axis: getattr(self, axis) for axis in ("data", "fsdp", "sequence", "tensor")}
 
     @model_validator(mode="after")
     def _one_free(self) -> "MeshConfig":
-        free = [f"mesh.{axis}" for axis, size in self if size is None]
+        free = [f"mesh.{axis}" for axis, size in self.axes.items() if size is None]
         if len(free) > 1:
             raise ValueError(f"{' and '.join(free)} are both null; only one axis can take the devices that are left")
         return self

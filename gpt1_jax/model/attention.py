@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.attention_kernels import cudnn_attention, splash_attention
 from gpt1_jax.model.causal_attention import causal_attention
-from gpt1_jax.model.dropout import dropout, seed_of
+from gpt1_jax.model.dropout import DropoutKey, dropout, seed_of
 from gpt1_jax.model.layers import Linear, branch_std, make_norm
 from gpt1_jax.model.rotary import rotate
+from gpt1_jax.model.segments import same_document
+from gpt1_jax.model.sharding import constrain, split_axes
 
-# What the key model.attention chooses from: causal attention over [B, N, T, H], dropout on the probabilities included.
-_CAUSAL = {"xla": causal_attention}
+# What the key model.attention chooses from: causal attention over [B, N, T, H]. A kernel that drops probabilities
+# itself belongs here too. Where nobody has resolved auto (training/choices.py), it is the form that runs anywhere.
+_CAUSAL = {"auto": causal_attention, "xla": causal_attention, "splash": splash_attention, "cudnn": cudnn_attention}
 _MASKED = -1e30  # finite, so that a row with no key at all is uniform and not NaN
 
 
@@ -50,7 +54,7 @@ def dot_product_attention(
     mask_BTS: Bool[Array, "#B #T S"] | None = None,
     starts_BT: Int[Array, "B T"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_key: DropoutKey | None = None,
     implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention: softmax(q k' / sqrt(H)) v.
@@ -69,6 +73,10 @@ def dot_product_attention(
         The attended values, in the dtype of the values. Scores and softmax are float32.
     """
     k_BSNH, v_BSNH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+    if mask_BTS is None and implementation in ("auto", "xla") and split_axes("sequence"):
+        # Each device has some of the queries and needs every key: blocks would be cut across devices.
+        k_BSNH, v_BSNH = (constrain(x, ("batch", None, "heads", None)) for x in (k_BSNH, v_BSNH))
+        mask_BTS = _causal_mask(q_BTNH.shape[1], starts_BT)
     if mask_BTS is None:
         q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
         seed = None if dropout_key is None else seed_of(dropout_key)
@@ -78,6 +86,11 @@ def dot_product_attention(
     probs_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS * scale, _MASKED), axis=-1)
     probs_BNTS = dropout(probs_BNTS.astype(v_BSNH.dtype), dropout_rate, dropout_key)
     return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS, v_BSNH)
+
+
+def _causal_mask(length: int, starts_BT: Array | None) -> Array:
+    seen_TS = jnp.arange(length)[:, None] >= jnp.arange(length)
+    return seen_TS[None] if starts_BT is None else seen_TS & same_document(starts_BT)
 
 
 class Attention(nnx.Module):
@@ -108,7 +121,7 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: DropoutKey | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends within ``x_BTD``, or, with a cache, to everything the cache holds too.
 

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention import Attention, KVCache
-from gpt1_jax.model.dropout import dropout
+from gpt1_jax.model.dropout import DropoutKey, dropout
 from gpt1_jax.model.layers import Linear, branch_std, gelu, make_norm
 
 
@@ -39,10 +39,10 @@ class Block(nnx.Module):
         cache: KVCache | None = None,
         layer: Int[Array, ""] | int | None = None,
         slot: Int[Array, ""] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: DropoutKey | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns the layer's output and the updated cache; arguments as in :class:`Attention`."""
-        keys = (None, None, None) if dropout_key is None else tuple(jax.random.split(dropout_key, 3))
+        keys = [None] * 3 if dropout_key is None else dropout_key.split(3)
         attended_BTD, cache = self.attention(
             self.ln_1(x_BTD) if self.pre_norm else x_BTD,
             positions_BT,

@@ -24,7 +24,7 @@ def causal_attention(
     q_BNTH: Float[Array, "B N T H"],
     k_BNTH: Float[Array, "B N T H"],
     v_BNTH: Float[Array, "B N T H"],
-    seed: UInt32[Array, "2"] | None,
+    seed: UInt32[Array, "3"] | None,
     dropout_rate: float,
     starts_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B N T H"]:
@@ -116,5 +116,5 @@ def _dropped(x_BNQS: Array, q_BNTH: Array, seed: Array | None, rate: float, star
         return x_BNQS
     heads, length = q_BNTH.shape[1:3]
     iota = partial(jax.lax.broadcasted_iota, jnp.uint32, x_BNQS.shape)
-    rows = (iota(0) * jnp.uint32(heads) + iota(1)) * jnp.uint32(length) + iota(2) + jnp.uint32(start)
+    rows = ((iota(0) + seed[2]) * jnp.uint32(heads) + iota(1)) * jnp.uint32(length) + iota(2) + jnp.uint32(start)
     return jnp.where(keep_mask(seed, rows, iota(3), rate), x_BNQS * (1 / (1 - rate)), 0)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from gpt1_jax.model.layers import soft_cap
 from gpt1_jax.model.products import product, sum_of_outer_products
+from gpt1_jax.model.sharding import on_each_device
 
 
 def token_nats(
@@ -40,7 +41,6 @@ def token_nats(
     return _unchunk(jax.lax.map(nats, _chunk(chunk, x_BTD, targets_BT)), x_BTD.shape[1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     x_BTD: Float[Array, "B T D"],
     table_VD: Float[Array, "V D"],
@@ -54,6 +54,20 @@ def cross_entropy(
     The gradient is computed with the value, chunk by chunk, so that the logits of ``chunk`` positions are all that
     ever exists: those of the paper's batch are 64 x 512 x 40478 numbers. Arguments as in :func:`token_nats`.
     """
+
+    def part(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array) -> Array:
+        return _cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, chunk, cap)[None, None]
+
+    # Each device cuts its own positions into chunks, and the table's gradient is summed over devices once, at the end.
+    rows = ("batch", "sequence")
+    mapped = on_each_device(part, rows, ((*rows, None), (None, None), rows, rows), rows)
+    return mapped(x_BTD, table_VD, targets_BT, weights_BT).sum()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, chunk: int, cap: float | None
+) -> Array:
     return (token_nats(x_BTD, table_VD, targets_BT, chunk, cap) * weights_BT).sum()
 
 
@@ -100,7 +114,7 @@ def _cross_entropy_bwd(
     return (dx_BTD * g).astype(dx_BTD.dtype), (dtable_VD * g).astype(dtable_VD.dtype), None, nats_BT * g
 
 
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def _products(x_BCD: Array, table_VD: Array) -> Array:

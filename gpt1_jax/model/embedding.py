@@ -7,11 +7,12 @@ Shapes: B batch, T position, D embedding, V vocabulary.
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from gpt1_jax.config import ModelConfig
-from gpt1_jax.model.dropout import dropout
+from gpt1_jax.model.dropout import DropoutKey, dropout
 from gpt1_jax.model.layers import normal
+from gpt1_jax.model.sharding import gathered
 
 
 class Embedding(nnx.Module):
@@ -31,14 +32,15 @@ class Embedding(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "#B T"],
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: DropoutKey | None = None,
     ) -> Float[Array, "B T D"]:
         """Embeds tokens at the given positions, in the compute dtype."""
+        token_kernel = gathered(self.token_kernel[...], ("vocab", "embed"))
         if self.mask_kernel is None:
-            embedded_BTD = self.token_kernel[...][tokens_BT]
+            embedded_BTD = token_kernel[tokens_BT]
         else:
             hidden_BT1 = (tokens_BT == self.mask_id)[..., None]
-            known_BTD = self.token_kernel[...][jnp.minimum(tokens_BT, self.mask_id - 1)]
+            known_BTD = token_kernel[jnp.minimum(tokens_BT, self.mask_id - 1)]
             embedded_BTD = jnp.where(hidden_BT1, self.mask_kernel[...], known_BTD)
         if self.position_kernel is not None:
             embedded_BTD += self.position_kernel[...][positions_BT]

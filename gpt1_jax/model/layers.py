@@ -60,19 +60,14 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
-        self.num_inputs = len(inputs)
+        self.axes, self.num_inputs = (*inputs, *outputs), len(inputs)
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps [B, T, *inputs] to [B, T, *outputs]."""
-        # One plain matrix product: backends have fast code for two dimensions, and not always for more.
         kernel = self.kernel[...]
-        in_size = math.prod(kernel.shape[: self.num_inputs])
-        out_shape = kernel.shape[self.num_inputs :]
-        bias = jnp.zeros(out_shape, jnp.float32) if self.bias is None else self.bias[...]
-        outer = x.shape[: x.ndim - self.num_inputs]
-        y = affine(x.astype(self.dtype).reshape(*outer, in_size), kernel.reshape(in_size, -1), bias.reshape(-1))
-        return y.reshape(*outer, *out_shape)
+        bias = jnp.zeros(kernel.shape[self.num_inputs :], jnp.float32) if self.bias is None else self.bias[...]
+        return affine(x.astype(self.dtype), kernel, bias, self.axes)
 
 
 class LayerNorm(nnx.Module):

@@ -3,11 +3,18 @@
 Left to itself, the gradient of a bfloat16 product with a float32 result is a product of float32 cotangents, at a
 fraction of the speed. Here the cotangent is rounded to the compute dtype first, as every framework's mixed precision
 does, and the sum stays in float32, so a weight's gradient is never rounded.
+
+Shapes: B batch, T position, I inputs, O outputs.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from gpt1_jax.model.sharding import gathered
 
 
 def product(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -15,38 +22,82 @@ def product(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[
     return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def affine(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, " O"]) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(
+    x: Float[Array, "B T *I"], kernel: Float[Array, "..."], bias: Float[Array, "*O"], axes: tuple[str, ...]
+) -> Float[Array, "B T *O"]:
     """X W + b in the dtype of ``x``, summed in float32; the gradients of kernel and bias are float32 sums too.
 
-    Shapes: B batch, T position, I inputs, O outputs.
+    Args:
+        x: inputs, of one dimension or two behind batch and position.
+        kernel: [*I, *O].
+        bias: of the outputs, of one dimension or two.
+        axes: logical axes of the kernel. Where ``fsdp`` splits it, it is gathered for each use and never kept.
     """
-    return (product("BTI,IO->BTO", x_BTI, kernel_IO) + bias_O).astype(x_BTI.dtype)
+    kernel = gathered(kernel.astype(x.dtype), axes)
+
+    def joined(x: Array, kernel: Array) -> Array:
+        x_BTI = _join(x)
+        return product("BTI,IO->BTO", x_BTI, kernel.reshape(x_BTI.shape[2], -1)).reshape(*x.shape[:2], *bias.shape)
+
+    def direct(x: Array, kernel: Array) -> Array:
+        inputs, outputs = _letters(x, bias)
+        return product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
+
+    return (_by_platform(joined, direct, x, kernel) + bias).astype(x.dtype)
 
 
-def _affine_forward(x_BTI: Array, kernel_IO: Array, bias_O: Array) -> tuple[Array, tuple[Array, Array]]:
-    return affine(x_BTI, kernel_IO, bias_O), (x_BTI, kernel_IO.astype(x_BTI.dtype))
+def _affine_forward(x: Array, kernel: Array, bias: Array, axes: tuple[str, ...]) -> tuple[Array, tuple[Array, Array]]:
+    return affine(x, kernel, bias, axes), (x, kernel)
 
 
-def _affine_backward(operands: tuple[Array, Array], g_BTO: Array) -> tuple[Array, Array, Array]:
-    x_BTI, kernel_IO = operands
-    dx_BTI = product("BTO,IO->BTI", g_BTO, kernel_IO).astype(x_BTI.dtype)
-    return dx_BTI, sum_of_outer_products(x_BTI, g_BTO), g_BTO.sum((0, 1), dtype=jnp.float32)
+def _affine_backward(axes: tuple[str, ...], operands: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, kernel = operands
+    kernel = gathered(kernel.astype(x.dtype), axes)
+
+    def joined(g: Array, kernel: Array) -> Array:
+        g_BTO = _join(g)
+        return product("BTO,IO->BTI", g_BTO, kernel.reshape(-1, g_BTO.shape[2])).reshape(x.shape)
+
+    def direct(g: Array, kernel: Array) -> Array:
+        inputs, outputs = _letters(x, g[0, 0])
+        return product(f"BT{outputs},{inputs}{outputs}->BT{inputs}", g, kernel)
+
+    dx = _by_platform(joined, direct, g, kernel).astype(x.dtype)
+    return dx, sum_of_outer_products(x, g), g.sum((0, 1), dtype=jnp.float32)
 
 
 affine.defvjp(_affine_forward, _affine_backward)
 
 
-def sum_of_outer_products(x_BTI: Float[Array, "B T I"], y_BTO: Float[Array, "B T O"]) -> Float[Array, "I O"]:
+def sum_of_outer_products(x: Float[Array, "B T *I"], y: Float[Array, "B T *O"]) -> Float[Array, "..."]:
     """The gradient of a kernel: the sum over batch and positions of x y', float32."""
 
-    def plain(x_BTI: Array, y_BTO: Array) -> Array:
-        return product("BTI,BTO->IO", x_BTI, y_BTO)
-
-    def transposed(x_BTI: Array, y_BTO: Array) -> Array:
-        # XLA's CPU backend has no fast product of a transposed operand: it widens bfloat16 to float32, at a fifth of
-        # the speed, and transposes float32 badly. Moving B out of the way makes a transpose that it does not fold in.
+    def joined(x: Array, y: Array) -> Array:
+        # The backend has no fast product of a transposed operand: it widens bfloat16 to float32, at a fifth of the
+        # speed, and transposes float32 badly. Moving B out of the way makes a transpose that it does not fold in.
+        x_BTI = _join(x)
         x_IM = x_BTI.transpose(2, 0, 1).reshape(x_BTI.shape[2], -1)
-        return product("IM,MO->IO", x_IM, y_BTO.reshape(x_IM.shape[1], -1))
+        y_MO = _join(y).reshape(x_IM.shape[1], -1)
+        return product("IM,MO->IO", x_IM, y_MO).reshape(*x.shape[2:], *y.shape[2:])
 
-    return jax.lax.platform_dependent(x_BTI, y_BTO, cpu=transposed, default=plain)
+    def direct(x: Array, y: Array) -> Array:
+        inputs, outputs = _letters(x, y[0, 0])
+        return product(f"BT{inputs},BT{outputs}->{inputs}{outputs}", x, y)
+
+    return _by_platform(joined, direct, x, y)
+
+
+def _by_platform(joined: Callable[..., Array], direct: Callable[..., Array], *operands: Array) -> Array:
+    """XLA's CPU backend has fast products of two dimensions alone. Others write heads apart where they are so read."""
+    return jax.lax.platform_dependent(*operands, cpu=joined, default=direct)
+
+
+def _join(x: Array) -> Array:
+    """[B, T, ...] as [B, T, size]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _letters(x: Array, output: Array) -> tuple[str, str]:
+    """Einsum letters of an affine map's inputs and outputs."""
+    return "IJ"[: x.ndim - 2], "OP"[: output.ndim]

@@ -16,10 +16,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention import KVCache
 from gpt1_jax.model.block import Block
+from gpt1_jax.model.dropout import DropoutKey
 from gpt1_jax.model.embedding import Embedding
 from gpt1_jax.model.layers import make_norm, normal, soft_cap
 from gpt1_jax.model.products import product
 from gpt1_jax.model.segments import same_document
+from gpt1_jax.model.sharding import constrain
+
+_HIDDEN_AXES = ("batch", "sequence", None)
 
 Params = dict[str, Any]  # nested dicts of arrays, by module and parameter name
 
@@ -54,7 +58,7 @@ class GPT(nnx.Module):
         starts_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         slot: Int[Array, ""] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_key: DropoutKey | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs the layers.
 
@@ -80,14 +84,14 @@ class GPT(nnx.Module):
                 mask_BTS &= same_document(starts_BT)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x_BTD = self.embedding(tokens_BT, positions_BT, embedding_key)
+        embedding_key, layers_key = [None] * 2 if dropout_key is None else dropout_key.split(2)
+        x_BTD = constrain(self.embedding(tokens_BT, positions_BT, embedding_key), _HIDDEN_AXES)
         definition, stack = nnx.split(self.blocks)
 
         def layer(x_BTD: Array, cache: KVCache | None, params: Any, index: Array | int) -> tuple[Array, KVCache | None]:
-            key = None if layers_key is None else jax.random.fold_in(layers_key, index)
+            key = None if layers_key is None else layers_key.fold_in(index)
             block = nnx.merge(definition, params)
-            return block(
+            x_BTD, cache = block(
                 x_BTD,
                 positions_BT,
                 mask_BTS=mask_BTS,
@@ -97,6 +101,7 @@ class GPT(nnx.Module):
                 slot=slot,
                 dropout_key=key,
             )
+            return constrain(x_BTD, _HIDDEN_AXES), cache
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)

@@ -1,4 +1,4 @@
-"""What the devices are: the compute dtype that suits them, their peak rate, and how a CPU's memory is kept."""
+"""What the devices are: their peak rate, and how a CPU's memory is kept."""
 
 import ctypes
 import sys
@@ -22,18 +22,7 @@ PEAK_FLOPS = {
 }
 
 
-def resolve_dtype(config: Config) -> Config:
-    """Replaces ``model.dtype: auto`` by what is fastest on the default device.
-
-    That is bfloat16 on TPUs, GPUs, and CPUs that multiply it in hardware; on others float32.
-    """
-    if config.model.dtype != "auto":
-        return config
-    dtype = "bfloat16" if jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16() else "float32"
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-
-
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has matrix units for bfloat16; vector instructions for it are no faster than float32."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")

@@ -15,7 +15,7 @@ from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.history import data_order, note_order
 from gpt1_jax.training.interrupt import Interruption
-from gpt1_jax.training.mesh import batch_sharding
+from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.training.metrics import MetricsLog
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.progress import Progress

@@ -1,49 +1,61 @@
-"""The device mesh, and the one place that says how everything is laid out on it.
-
-Axes: ``data`` splits the batch and replicates the parameters; ``fsdp`` splits the batch and the parameters;
-``tensor`` splits heads, MLP and vocabulary.
-"""
+"""The device mesh of a run, and what it must divide; model/sharding.py says what its axes split."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from gpt1_jax.config import Config, MeshConfig
 from gpt1_jax.errors import UserError
-
-# Mesh axes over which each logical axis is split; a logical axis that is not listed is replicated.
-RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-}
+from gpt1_jax.model.sharding import REPLICAS, RULES, axis_size
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices on the axes ``data``, ``fsdp`` and ``tensor``.
+    """Arranges the devices on the axes ``slices``, ``data``, ``fsdp``, ``sequence`` and ``tensor``.
 
     Raises:
-        UserError: if the sizes do not use every device exactly once.
+        UserError: if the sizes do not use every device exactly once, or the slices are not those of the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(config)
+    groups = _slices(config, devices)
+    sizes = config.axes
+    count = len(groups[0])
     given = math.prod(size for size in sizes.values() if size is not None)
-    shown = ", ".join(f"mesh.{axis}={'null' if size is None else size}" for axis, size in sizes.items())
-    if len(devices) % given or (None not in sizes.values() and given != len(devices)):
+    if count % given or (None not in sizes.values() and given != count):
+        shown = ", ".join(f"mesh.{axis}={'null' if size is None else size}" for axis, size in sizes.items())
+        each = "" if len(groups) == 1 else f" in each of {len(groups)} slices"
         raise UserError(
-            f"{shown}: these sizes do not multiply to the number of devices, {len(devices)}; "
+            f"{shown}: these sizes do not multiply to the number of devices{each}, {count}; "
             "set one of them to null to let it take the devices that are left"
         )
-    shape = tuple(len(devices) // given if size is None else size for size in sizes.values())
-    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), tuple(sizes))
+    shape = tuple(count // given if size is None else size for size in sizes.values())
+    # A physical axis of a TPU slice may be split between two of the mesh, which few shapes can do without.
+    arranged = [
+        mesh_utils.create_device_mesh(shape, devices=group, allow_split_physical_axes=True) for group in groups
+    ]
+    names = ("slices", *sizes)
+    return Mesh(np.stack(arranged), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice."""
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if config.slices in (None, len(found)):
+        return [found[index] for index in sorted(found)]
+    if len(found) > 1:
+        raise UserError(
+            f"mesh.slices={config.slices}: the devices are of {len(found)} slices; set it to {len(found)} or to null"
+        )
+    # Devices that do not know of slices (GPUs, CPUs) stand in the order of the hosts that hold them.
+    if len(devices) % config.slices:
+        raise UserError(f"mesh.slices={config.slices} does not divide the number of devices, {len(devices)}")
+    size = len(devices) // config.slices
+    return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -52,15 +64,14 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     Raises:
         UserError: naming every key that it does not divide.
     """
-    rows = axis_size(mesh, "batch")
+    rows = config.train.batch_size // config.train.accumulation
+    context = f"{'train' if config.train.context_length else 'model'}.context_length={config.context_length}"
     checks = {
-        f"train.batch_size={config.train.batch_size} / train.accumulation={config.train.accumulation}": (
-            config.train.batch_size // config.train.accumulation,
-            "batch",
-        ),
+        f"train.batch_size={config.train.batch_size} / train.accumulation={config.train.accumulation}": (rows, "batch"),
         f"model.embed_dim={config.model.embed_dim}": (config.model.embed_dim, "embed"),
         f"model.num_heads={config.model.num_heads}": (config.model.num_heads, "heads"),
         f"model.mlp_dim={config.model.mlp_dim}": (config.model.mlp_dim, "mlp"),
+        context: (config.context_length, "sequence"),
     }
     problems = [
         f"{name} is not a multiple of {axis_size(mesh, axis)}, the devices it is split over "
@@ -69,39 +80,21 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         if size % axis_size(mesh, axis)
     ]
     if problems:
-        advice = f"choose a batch that is a multiple of {rows}, or other sizes of the mesh"
+        advice = f"choose a batch that is a multiple of {axis_size(mesh, 'batch')}, or other sizes of the mesh"
         raise UserError("\n".join([*problems, advice]))
+    if config.train.deterministic_groups:
+        _check_deterministic(config.train.deterministic_groups, config, mesh)
 
 
-def axis_size(mesh: Mesh, logical: str) -> int:
-    """Over how many devices a logical axis is split."""
-    return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
-
-
-def sharding_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
-    """The layout of an array with the given logical axes.
-
-    A dimension of ``shape`` that its mesh axes do not divide (a vocabulary of 40478 on 4 devices) is replicated.
-    """
-    names = []
-    for index, axis in enumerate(axes):
-        mesh_axes = RULES.get(axis or "", ())
-        divides = shape is None or shape[index] % axis_size(mesh, axis or "") == 0
-        names.append(mesh_axes if mesh_axes and divides else None)
-    return NamedSharding(mesh, PartitionSpec(*names))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the devices, everything else of a batch whole."""
-    return sharding_of(mesh, ("batch",))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """The layout of every leaf of ``shapes``, whose logical axes stand at the same place in ``axes``."""
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    return jax.tree.map(lambda a, leaf: sharding_of(mesh, a, np.shape(leaf)), axes, shapes, is_leaf=is_axes)
+def _check_deterministic(groups: int, config: Config, mesh: Mesh) -> None:
+    replicas = math.prod(mesh.shape[axis] for axis in REPLICAS)
+    key = f"train.deterministic_groups={groups}"
+    if groups % replicas:
+        raise UserError(f"{key} is not a multiple of {replicas}, the devices that the batch is split over; raise it")
+    split = [f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if axis not in REPLICAS and size > 1]
+    split += ["mesh.shard_optimizer=true"] * config.mesh.shard_optimizer
+    if split:
+        raise UserError(
+            f"{key} needs a whole model on every device, {', '.join(split)} splits it; set mesh.data alone, or leave "
+            "the key out"
+        )

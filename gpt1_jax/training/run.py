@@ -15,7 +15,8 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
-from gpt1_jax.training.mesh import check_mesh, make_mesh, tree_shardings
+from gpt1_jax.model.sharding import tree_shardings
+from gpt1_jax.training.mesh import check_mesh, make_mesh
 
 CONFIG = "config.yaml"
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
 from gpt1_jax.model.transformer import Params, init_params, parameter_axes
-from gpt1_jax.training.mesh import replicated, tree_shardings
+from gpt1_jax.model.sharding import also_split_over, replicated, tree_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     """Shapes, dtypes and layouts of the state; nothing is allocated.
 
     A leaf of the optimizer's state lies where the parameter does whose path it ends with and whose shape it has, as
-    every moment. All else is whole on every device: counters, and statistics smaller than their parameter.
+    every moment; with ``mesh.shard_optimizer`` it is split over ``data``, too (Rajbhandari et al. 2020, "ZeRO", stage
+    1). All else is whole on every device: counters, and statistics smaller than their parameter.
     """
     shapes = jax.eval_shape(lambda: new_state(config, optimizer))
     layouts = tree_shardings(mesh, parameter_axes(config.model), shapes.params)
@@ -54,6 +55,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owners = (params.get(path[start:]) for start in range(len(path)))
         sharding = next((owner.sharding for owner in owners if owner and owner.shape == leaf.shape), whole)
+        if config.mesh.shard_optimizer and path[0].name == "opt_state":
+            sharding = also_split_over(sharding, "data", leaf.shape)
         return leaf.update(sharding=sharding)
 
     return jax.tree.map_with_path(placed, shapes)

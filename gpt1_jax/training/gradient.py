@@ -1,0 +1,132 @@
+"""The gradient of a batch, summed over micro-batches and over devices.
+
+Over the mesh axes that replicate the model, each device works on its own rows as if it were alone, and the sum of
+gradients is written out here: once for each update, in the dtype of ``train.gradient_dtype``. Left to the compiler it
+would be part of every product whose result is a weight's gradient, in float32. Along all other axes the compiler
+splits the work by the rules of model/sharding.py.
+
+Shapes: A micro-batches, B batch, G groups of rows, T position.
+"""
+
+import math
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gpt1_jax.config import Config
+from gpt1_jax.model.cross_entropy import cross_entropy
+from gpt1_jax.model.dropout import DropoutKey
+from gpt1_jax.model.objective import Task, make_task
+from gpt1_jax.model.sharding import REPLICAS, split_axes
+from gpt1_jax.model.transformer import Params, bind
+
+LossAndGradient = tuple[jax.Array, Params]
+
+
+def loss_and_gradient(
+    config: Config, params: Params, tokens_BT: jax.Array, key: jax.Array, separator_id: int | None = None
+) -> LossAndGradient:
+    """Mean negative log-probability of the tokens that ``model.objective`` asks for, nats per token, and its gradient.
+
+    Those are all but the first of each window in the causal case (paper, Eq. 1). With ``train.accumulation`` it is the
+    mean over micro-batches.
+
+    Args:
+        config: the run.
+        params: the weights.
+        tokens_BT: windows of context_length + 1 tokens.
+        key: random key of every dropout, and of the objective's draws.
+        separator_id: the token that ends every document; None will do where ``data.windows`` is not packed.
+    """
+    dropout_key, task_key = jax.random.split(key)
+    tasks = _tasks(config, tokens_BT, task_key, separator_id)
+    sizes = {axis: size for axis, size in split_axes("batch").items() if axis in REPLICAS}
+    replicas = tuple(sizes)
+
+    def on_replica(params: Params, tasks: Task, dropout_key: jax.Array) -> LossAndGradient:
+        rows = tasks.inputs_BT.shape[1]
+        first_row = jax.lax.axis_index(replicas) * rows if replicas else 0
+        key = DropoutKey(dropout_key, first_row)
+        if config.train.deterministic_groups:
+            return _in_order(config, params, tasks, key, sizes)
+        part = _of_rows(config, params, tasks, key)
+        return _float32(jax.lax.psum(_rounded(config, part), replicas)) if replicas else part
+
+    if not replicas:
+        return on_replica(params, tasks, dropout_key)
+    whole, rows = PartitionSpec(), PartitionSpec(None, replicas)
+    return jax.shard_map(
+        on_replica,
+        in_specs=(whole, rows, whole),
+        out_specs=whole,
+        axis_names=set(replicas),
+        check_vma=False,
+    )(params, tasks, dropout_key)
+
+
+def _tasks(config: Config, tokens_BT: jax.Array, key: jax.Array, separator_id: int | None) -> Task:
+    """What each micro-batch has to learn, a leading dimension A on every array; all weights sum to 1."""
+    packed = config.data.windows == "packed"
+    assert separator_id is not None or not packed
+    count = config.train.accumulation
+    # Micro-batch a takes rows a, a + A, ...: so each device works on rows that it already holds.
+    tokens_ABT = tokens_BT.reshape(-1, count, tokens_BT.shape[1]).swapaxes(0, 1)
+    tasks = jax.vmap(lambda tokens_BT, key: make_task(config.model, tokens_BT, key, separator_id if packed else None))(
+        tokens_ABT, jax.random.split(key, count)
+    )
+    return tasks._replace(weights_BT=tasks.weights_BT / count)
+
+
+def _of_rows(config: Config, params: Params, tasks: Task, key: DropoutKey) -> LossAndGradient:
+    """The part of the loss and of its gradient that comes from the rows at hand, of every micro-batch."""
+
+    def loss(params: Params, task: Task, key: DropoutKey) -> jax.Array:
+        model = bind(config.model, params)
+        x_BTD, _ = model(task.inputs_BT, mask_BTS=task.mask_BTS, starts_BT=task.starts_BT, dropout_key=key)
+        chunk, cap = config.model.loss_chunk, config.model.logit_cap
+        return cross_entropy(x_BTD, model.output_table, task.targets_BT, task.weights_BT, chunk, cap)
+
+    def add(total: LossAndGradient, inputs: tuple[Task, jax.Array]) -> tuple[LossAndGradient, None]:
+        task, index = inputs
+        part = jax.value_and_grad(loss)(params, task, key.fold_in(index))
+        return jax.tree.map(jnp.add, total, part), None
+
+    if config.train.accumulation == 1:
+        return jax.value_and_grad(loss)(params, jax.tree.map(lambda x: x[0], tasks), key)
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, (tasks, jnp.arange(config.train.accumulation)))[0]
+
+
+def _in_order(
+    config: Config, params: Params, tasks: Task, key: DropoutKey, replicas: dict[str, int]
+) -> LossAndGradient:
+    """The sum over ``train.deterministic_groups`` groups of rows, each computed apart and added in order.
+
+    So neither the shapes that are computed with nor the order of the sum depend on the number of devices.
+    """
+    groups = config.train.deterministic_groups
+    assert groups is not None
+    here = groups // math.prod(replicas.values())
+    tasks_G = jax.tree.map(lambda x: x.reshape(x.shape[0], here, -1, *x.shape[2:]).swapaxes(0, 1), tasks)
+    first_rows_G = key.first_row + jnp.arange(here) * tasks_G.inputs_BT.shape[2]
+
+    def of_group(inputs: tuple[Task, jax.Array]) -> LossAndGradient:
+        tasks, first_row = inputs
+        return _rounded(config, _of_rows(config, params, tasks, key._replace(first_row=first_row)))
+
+    parts_G = jax.lax.map(of_group, (tasks_G, first_rows_G))
+    if replicas:
+        parts_G = jax.lax.all_gather(parts_G, tuple(replicas), tiled=True)
+    return jax.tree.map(lambda x: reduce(jnp.add, x), _float32(parts_G))
+
+
+def _rounded(config: Config, part: LossAndGradient) -> LossAndGradient:
+    """The gradient in the dtype in which devices add it up."""
+    loss, gradient = part
+    return loss, jax.tree.map(lambda g: g.astype(config.train.gradient_dtype), gradient)
+
+
+def _float32(part: LossAndGradient) -> LossAndGradient:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), part)
