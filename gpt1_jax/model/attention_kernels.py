@@ -7,7 +7,7 @@ Shapes: B batch, N heads, T position, S key position, H head size.
 """
 
 import math
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +56,10 @@ def splash_attention(
 
     # The compiler does not know how to split a kernel over devices.
     in_axes = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))
-    mapped = on_each_device(attend, ("batch", "heads", "sequence"), in_axes, _HEADS_AXES)
+    mapped = on_each_device(attend, in_axes, _HEADS_AXES)
     return mapped(q_BNTH, k_BNTH, v_BNTH, starts_BT)
 
 
-@lru_cache
 def _splash_kernel(interpret: bool, heads: int, length: int) -> splash.SplashAttentionKernel:
     block = next(size for size in range(_LARGEST_BLOCK, 0, -_LANES) if length % size == 0)
     sizes = splash.BlockSizes(
@@ -72,8 +71,7 @@ def _splash_kernel(interpret: bool, heads: int, length: int) -> splash.SplashAtt
     )
     causal = splash_attention_mask.CausalMask((length, length))
     mask = splash_attention_mask.MultiHeadMask([causal] * heads)
-    with jax.ensure_compile_time_eval():  # its tables are constants, whatever is being traced
-        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
 def cudnn_attention(
@@ -110,7 +108,7 @@ def cudnn_attention(
         return o_BTNH.swapaxes(1, 2)
 
     in_axes = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))
-    mapped = on_each_device(attend, ("batch", "heads", "sequence"), in_axes, _HEADS_AXES)
+    mapped = on_each_device(attend, in_axes, _HEADS_AXES)
     return mapped(q_BNTH, k_BNTH, v_BNTH, starts_BT)
 
 

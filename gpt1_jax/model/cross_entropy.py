@@ -60,7 +60,7 @@ def cross_entropy(
 
     # Each device cuts its own positions into chunks, and the table's gradient is summed over devices once, at the end.
     rows = ("batch", "sequence")
-    mapped = on_each_device(part, rows, ((*rows, None), (None, None), rows, rows), rows)
+    mapped = on_each_device(part, ((*rows, None), (None, None), rows, rows), rows, logical=rows)
     return mapped(x_BTD, table_VD, targets_BT, weights_BT).sum()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 # Mesh axes over which each logical axis is split; a logical axis that is not listed is replicated.
@@ -79,15 +79,14 @@ def split_axes(*logical: str) -> dict[str, int]:
 
     None of size 1, and none inside of a function that already runs once for each device along it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     names = [axis for name in logical for axis in RULES[name]]
-    return {name: size for name, size in _automatic(mesh).items() if name in names}
+    return {name: size for name, size in _automatic_axes().items() if name in names and size > 1}
 
 
 def constrain(x: Array, axes: Axes) -> Array:
     """Has the compiler lay out ``x`` by its logical axes; None: whole along that dimension."""
-    sizes = _automatic(jax.sharding.get_abstract_mesh())
-    return jax.lax.with_sharding_constraint(x, _spec(axes, sizes, x.shape)) if sizes else x
+    sizes = _automatic_axes()
+    return jax.lax.with_sharding_constraint(x, _spec(axes, sizes, x.shape)) if math.prod(sizes.values()) > 1 else x
 
 
 def gathered(kernel: Array, axes: Axes) -> Array:
@@ -97,18 +96,21 @@ def gathered(kernel: Array, axes: Axes) -> Array:
     return constrain(kernel, [None if axis == "embed" else axis for axis in axes])
 
 
-def on_each_device(f: Callable[..., Array], logical: Sequence[str], in_axes: Sequence[Axes], out_axes: Axes) -> Any:
+def on_each_device(
+    f: Callable[..., Array], in_axes: Sequence[Axes], out_axes: Axes, logical: Sequence[str] | None = None
+) -> Any:
     """``f`` of each device's own part, for what the compiler cannot split, or splits badly.
 
     Args:
         f: a function of arrays; an argument may be None.
-        logical: the axes along which it runs on parts. Along all others it is left to the compiler.
         in_axes: logical axes of each argument.
         out_axes: logical axes of the result.
+        logical: the axes along which it runs on parts, all others being left to the compiler; None: all there are, so
+            that nothing is left to it, as in a kernel nothing may be.
     """
 
     def run(*arrays: Array | None) -> Array:
-        sizes = split_axes(*logical)
+        sizes = _automatic_axes() if logical is None else split_axes(*logical)
         if not sizes:
             return f(*arrays)
         specs = tuple(
@@ -123,10 +125,11 @@ def on_each_device(f: Callable[..., Array], logical: Sequence[str], in_axes: Seq
     return run
 
 
-def _automatic(mesh: AbstractMesh) -> dict[str, int]:
-    """The axes along which the compiler splits, with their sizes."""
+def _automatic_axes() -> dict[str, int]:
+    """The axes along which the compiler splits where this is called, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
 
 def _spec(axes: Axes, sizes: dict[str, int], shape: Sequence[int] | None = None) -> PartitionSpec:
