@@ -26,8 +26,8 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.windows import Window, windows
 from gpt1_jax.model.cross_entropy import token_nats
 from gpt1_jax.model.segments import document_starts
-from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.model.sharding import axis_size, batch_sharding, replicated
+from gpt1_jax.model.transformer import Params, bind
 
 _PADDING = -1  # behind the last token of a window
 

@@ -28,7 +28,7 @@ from gpt1_jax.interop.staging import check_new, in_bucket, staged
 from gpt1_jax.model.layers import NORM_EPSILON
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
-from gpt1_jax.training.hardware import resolve_dtype
+from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.run import CONFIG
 
 TOKENIZER = "tokenizer.model"  # in the run's folder, whichever kind it is
@@ -88,7 +88,7 @@ def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) ->
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give one that holds a model (docs/interop.md)")
     source = _read_original(folder) if is_original(folder) else _read_public(folder)
-    config = resolve_dtype(_run_config(source.values, folder, run_dir, overrides))
+    config, _ = resolve(_run_config(source.values, folder, run_dir, overrides))
     stored, problems = _check_tensors(source, config.model)
     if source.tokenizer.vocab_size != config.model.vocab_size:
         problems.append(

@@ -83,7 +83,7 @@ def cudnn_attention(
     starts_BT: Int[Array, "B T"] | None = None,
     implementation: str = "cudnn",
 ) -> Float[Array, "B N T H"]:
-    """cuDNN's flash attention for NVIDIA GPUs (jax.nn.dot_product_attention).
+    """CuDNN's flash attention for NVIDIA GPUs (jax.nn.dot_product_attention).
 
     Args:
         q_BNTH: queries, bfloat16; H is at most 128 and a multiple of 8.

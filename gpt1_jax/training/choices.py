@@ -51,6 +51,9 @@ def resolve(config: Config, platform: str | None = None) -> tuple[Config, list[C
         config = _with(config, choices[-1])
     elif asked in refusals:
         raise UserError(f"model.attention={asked}: {refusals[asked]}; set model.attention=auto or xla")
+    if config.train.gradient_dtype == "auto":
+        choices.append(_gradient_dtype(config, platform))
+        config = _with(config, choices[-1])
     return config, choices
 
 
@@ -60,6 +63,13 @@ def _dtype(platform: str) -> Choice:
     if cpu_multiplies_bfloat16():
         return Choice("model.dtype", "bfloat16", "for which this CPU has matrix units")
     return Choice("model.dtype", "float32", "since this CPU has no matrix units for bfloat16")
+
+
+def _gradient_dtype(config: Config, platform: str) -> Choice:
+    if platform != "cpu" and config.model.dtype == "bfloat16":
+        return Choice("train.gradient_dtype", "bfloat16", "half as much to send between devices as float32")
+    reason = "which a CPU adds up as fast" if platform == "cpu" else f"as model.dtype={config.model.dtype}"
+    return Choice("train.gradient_dtype", "float32", reason)
 
 
 _KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # the fastest of each platform

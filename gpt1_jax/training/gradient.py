@@ -123,9 +123,10 @@ def _in_order(
 
 
 def _rounded(config: Config, part: LossAndGradient) -> LossAndGradient:
-    """The gradient in the dtype in which devices add it up."""
+    """The gradient in the dtype in which devices add it up: of an ``auto`` that nobody has resolved, float32."""
     loss, gradient = part
-    return loss, jax.tree.map(lambda g: g.astype(config.train.gradient_dtype), gradient)
+    dtype = "bfloat16" if config.train.gradient_dtype == "bfloat16" else "float32"
+    return loss, jax.tree.map(lambda g: g.astype(dtype), gradient)
 
 
 def _float32(part: LossAndGradient) -> LossAndGradient:

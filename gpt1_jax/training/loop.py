@@ -10,12 +10,12 @@ from gpt1_jax.config import Config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches
 from gpt1_jax.errors import DivergedError, Interrupted, UserError
+from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.model.transformer import Params, num_parameters
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.history import data_order, note_order
 from gpt1_jax.training.interrupt import Interruption
-from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.training.metrics import MetricsLog
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.progress import Progress

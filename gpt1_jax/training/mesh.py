@@ -33,9 +33,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     shape = tuple(count // given if size is None else size for size in sizes.values())
     # A physical axis of a TPU slice may be split between two of the mesh, which few shapes can do without.
-    arranged = [
-        mesh_utils.create_device_mesh(shape, devices=group, allow_split_physical_axes=True) for group in groups
-    ]
+    arranged = [mesh_utils.create_device_mesh(shape, devices=group, allow_split_physical_axes=True) for group in groups]
     names = ("slices", *sizes)
     return Mesh(np.stack(arranged), names, axis_types=(AxisType.Auto,) * len(names))
 

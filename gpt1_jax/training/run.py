@@ -12,10 +12,11 @@ from gpt1_jax.config import Config, MeshConfig
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
 from gpt1_jax.errors import UserError
+from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
-from gpt1_jax.model.sharding import tree_shardings
+from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 
 CONFIG = "config.yaml"
@@ -31,6 +32,7 @@ _FREE_KEYS = (
     "data.readers",
     "data.engine",
     "data.beam_options",
+    "model.attention",
     "model.scan_layers",
     "model.remat",
     "train.log_every",
@@ -44,7 +46,6 @@ _FREE_KEYS_OF_IMPORTED = (
     "model.dropout",
     "model.attention_dropout",
     "model.dtype",
-    "model.attention",
     "model.loss_chunk",
 )
 
@@ -95,6 +96,8 @@ def open_run(path: AnyPath, mesh: Mesh | None = None) -> Run:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
         config = _config_in(files, checkpoints.path(step))
+        # It may have been trained where there is another kernel of attention.
+        config, _ = resolve(config.model_copy(update={"model": config.model.model_copy(update={"attention": "auto"})}))
         mesh = mesh or _mesh_for(config)
         layouts = tree_shardings(mesh, parameter_axes(config.model), abstract_params(config.model))
         abstract = jax.tree.map(

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.model.transformer import Params, init_params, parameter_axes
 from gpt1_jax.model.sharding import also_split_over, replicated, tree_shardings
+from gpt1_jax.model.transformer import Params, init_params, parameter_axes
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ from gpt1_jax.model import causal_attention as blocked
 from gpt1_jax.model.attention import dot_product_attention
 from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.cross_entropy import cross_entropy
-from gpt1_jax.model.dropout import dropout, seed_of
+from gpt1_jax.model.dropout import DropoutKey, dropout, seed_of
 from gpt1_jax.model.products import affine, product
 from gpt1_jax.model.segments import document_starts, same_document
 
@@ -39,7 +39,7 @@ def with_gradients(
         starts = document_starts(jax.random.randint(jax.random.key(5), (batch, length), 0, 5), 0)
         if mask is not None:
             starts, mask = None, mask & same_document(starts)
-    key = jax.random.key(7) if rate else None
+    key = DropoutKey(jax.random.key(7)) if rate else None
 
     def attend(*inputs: jax.Array) -> jax.Array:
         return dot_product_attention(*inputs, mask_BTS=mask, starts_BT=starts, dropout_rate=rate, dropout_key=key)
@@ -91,7 +91,7 @@ def test_large_scores_stay_finite():
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_blocks_dropout_is_that_of_the_whole(length):
     # Equal scores and one-hot values: the output is the matrix of probabilities itself, dropped and scaled.
-    batch, heads, rate, key = 2, 3, 0.4, jax.random.key(3)
+    batch, heads, rate, key = 2, 3, 0.4, DropoutKey(jax.random.key(3))
     zeros = jnp.zeros((batch, heads, length, length))
     one_hot = jnp.broadcast_to(jnp.eye(length), zeros.shape)
     found = causal_attention(zeros, zeros, one_hot, seed_of(key), rate)
@@ -102,17 +102,37 @@ def test_a_blocks_dropout_is_that_of_the_whole(length):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_affine_in_bfloat16(batch):
+@pytest.mark.parametrize(("inputs", "outputs"), [((6,), (5,)), ((6,), (2, 3)), ((2, 3), (5,))])
+def test_affine_in_bfloat16(batch, inputs, outputs):
     keys = jax.random.split(jax.random.key(1), 4)
-    x, g = (jax.random.normal(key, (batch, 10, size)) for key, size in zip(keys, (6, 5), strict=False))
-    kernel, bias = jax.random.normal(keys[2], (6, 5)), jax.random.normal(keys[3], (5,))
-    expected, pull = jax.vjp(lambda x, w, b: x @ w + b, x, kernel, bias)
-    found, pull_found = jax.vjp(jax.jit(affine), x.astype("bfloat16"), kernel, bias)
+    x, g = (jax.random.normal(key, (batch, 10, *size)) for key, size in zip(keys, (inputs, outputs), strict=False))
+    kernel, bias = jax.random.normal(keys[2], (*inputs, *outputs)), jax.random.normal(keys[3], outputs)
+    axes = tuple("abc"[: kernel.ndim])
+    expected, pull = jax.vjp(lambda x, w, b: jnp.tensordot(x, w, len(inputs)) + b, x, kernel, bias)
+    found, pull_found = jax.vjp(jax.jit(lambda *operands: affine(*operands, axes)), x.astype("bfloat16"), kernel, bias)
     assert found.dtype == "bfloat16"
     grads = jax.jit(pull_found)(g.astype("bfloat16"))
     assert [grad.dtype for grad in grads] == ["bfloat16", "float32", "float32"]
     for a, b in zip([found, *grads], [expected, *pull(g)], strict=True):
         assert np.abs(np.asarray(a, np.float32) - b).max() <= 4 * BFLOAT16 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((6,), (5,)), ((6,), (2, 3)), ((2, 3), (5,))])
+def test_the_products_of_other_platforms_equal_those_of_the_cpu(inputs, outputs, monkeypatch):
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, g = (jax.random.normal(key, (2, 10, *size)) for key, size in zip(keys, (inputs, outputs), strict=False))
+    kernel, bias = jax.random.normal(keys[2], (*inputs, *outputs)), jax.random.normal(keys[3], outputs)
+    axes = tuple("abc"[: kernel.ndim])
+
+    def results() -> list[jax.Array]:
+        y, pull = jax.vjp(lambda *operands: affine(*operands, axes), x, kernel, bias)
+        return [y, *pull(g)]
+
+    expected = results()
+    choose = lambda *operands, default, tpu=None, cpu=None: (tpu or default)(*operands)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    for a, b in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

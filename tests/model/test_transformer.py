@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpt1_jax.config import ModelConfig
+from gpt1_jax.model.dropout import DropoutKey
 from gpt1_jax.model.layers import LayerNorm, RMSNorm, gelu, soft_cap
 from gpt1_jax.model.rotary import rotate
 from gpt1_jax.model.transformer import (
@@ -44,7 +45,7 @@ def tokens(tiny_model: ModelConfig) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def logits_of(config: ModelConfig, params: dict, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+def logits_of(config: ModelConfig, params: dict, tokens: jax.Array, dropout_key: DropoutKey | None = None) -> jax.Array:
     model = bind(config, params)
     return model.logits(model(tokens, dropout_key=dropout_key)[0])
 
@@ -200,7 +201,7 @@ def test_scanned_unrolled_and_rematerialised_agree(tiny_model, params, tokens, s
     other = with_values(plain, scan_layers=scan_layers, remat=remat)
 
     def loss(config: ModelConfig, params: dict) -> jax.Array:
-        return jnp.square(logits_of(config, params, tokens, dropout_key=jax.random.key(3))).mean()
+        return jnp.square(logits_of(config, params, tokens, dropout_key=DropoutKey(jax.random.key(3)))).mean()
 
     expected, expected_grads = jax.jit(jax.value_and_grad(lambda p: loss(plain, p)))(params)
     found, grads = jax.jit(jax.value_and_grad(lambda p: loss(other, p)))(params)
@@ -234,7 +235,7 @@ def test_the_logical_axes_are_those_of_the_rules(tiny_model):
 
 
 def test_dropout_acts_on_embedding_probabilities_and_branches(tiny_model, params, tokens):
-    key = jax.random.key(4)
+    key = DropoutKey(jax.random.key(4))
     quiet = logits_of(tiny_model, params, tokens)
     np.testing.assert_array_equal(quiet, logits_of(tiny_model, params, tokens, dropout_key=key))
     for rates in ({"dropout": 0.3}, {"attention_dropout": 0.3}):
@@ -242,7 +243,7 @@ def test_dropout_acts_on_embedding_probabilities_and_branches(tiny_model, params
         first = logits_of(config, params, tokens, dropout_key=key)
         assert not np.allclose(first, quiet)
         np.testing.assert_array_equal(first, logits_of(config, params, tokens, dropout_key=key))
-        assert not np.allclose(first, logits_of(config, params, tokens, dropout_key=jax.random.key(5)))
+        assert not np.allclose(first, logits_of(config, params, tokens, dropout_key=DropoutKey(jax.random.key(5))))
         np.testing.assert_array_equal(quiet, logits_of(config, params, tokens))
 
 

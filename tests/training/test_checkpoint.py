@@ -16,8 +16,8 @@ import pytest
 from gpt1_jax.config import CheckpointConfig, Config
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.errors import DamagedError
-from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.model.sharding import batch_sharding
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.state import TrainState, abstract_state, init_state

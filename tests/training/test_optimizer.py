@@ -18,8 +18,8 @@ import pytest
 
 from gpt1_jax.config import CheckpointConfig, OptimizerConfig
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.model.sharding import batch_sharding
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer, scale_by_muon_or_adam
 from gpt1_jax.training.state import TrainState, abstract_state, init_state
