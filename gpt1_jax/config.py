@@ -56,7 +56,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
-    loss_chunk: PositiveInt = 128  # positions of each sequence whose logits exist at once
+    loss_chunk: PositiveInt | Literal["auto"] = "auto"  # positions of each sequence whose logits exist at once
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +67,11 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def loss_positions(self) -> int:
+        """The number of ``loss_chunk``, or of an ``auto`` that nobody has resolved."""
+        return 128 if self.loss_chunk == "auto" else self.loss_chunk
 
     @property
     def mask_id(self) -> int:

@@ -156,7 +156,7 @@ def _window_nats(
 
     def nats(inputs_BT: Array, mask_BTS: Array | None) -> Array:
         x_BTD, _ = model(inputs_BT, mask_BTS=mask_BTS, starts_BT=starts_BT)
-        return token_nats(x_BTD, model.output_table, targets_BT, config.model.loss_chunk, config.model.logit_cap)
+        return token_nats(x_BTD, model.output_table, targets_BT, config.model.loss_positions, config.model.logit_cap)
 
     if not masked:
         return nats(inputs_BT, None)  # padding on the right changes nothing before it

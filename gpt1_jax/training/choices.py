@@ -22,7 +22,7 @@ class Choice:
     """
 
     key: str
-    value: str
+    value: str | int
     reason: str
 
     def __str__(self) -> str:
@@ -51,6 +51,9 @@ def resolve(config: Config, platform: str | None = None) -> tuple[Config, list[C
         config = _with(config, choices[-1])
     elif asked in refusals:
         raise UserError(f"model.attention={asked}: {refusals[asked]}; set model.attention=auto or xla")
+    if config.model.loss_chunk == "auto":
+        choices.append(_loss_chunk(platform))
+        config = _with(config, choices[-1])
     if config.train.gradient_dtype == "auto":
         choices.append(_gradient_dtype(config, platform))
         config = _with(config, choices[-1])
@@ -70,6 +73,12 @@ def _gradient_dtype(config: Config, platform: str) -> Choice:
         return Choice("train.gradient_dtype", "bfloat16", "half as much to send between devices as float32")
     reason = "which a CPU adds up as fast" if platform == "cpu" else f"as model.dtype={config.model.dtype}"
     return Choice("train.gradient_dtype", "float32", reason)
+
+
+def _loss_chunk(platform: str) -> Choice:
+    if platform == "cpu":
+        return Choice("model.loss_chunk", 128, "whose logits a CPU's caches hold in part")
+    return Choice("model.loss_chunk", 512, "so that the sum of the table's gradient is seldom read and written")
 
 
 _KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # the fastest of each platform

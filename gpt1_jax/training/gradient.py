@@ -85,7 +85,7 @@ def _of_rows(config: Config, params: Params, tasks: Task, key: DropoutKey) -> Lo
     def loss(params: Params, task: Task, key: DropoutKey) -> jax.Array:
         model = bind(config.model, params)
         x_BTD, _ = model(task.inputs_BT, mask_BTS=task.mask_BTS, starts_BT=task.starts_BT, dropout_key=key)
-        chunk, cap = config.model.loss_chunk, config.model.logit_cap
+        chunk, cap = config.model.loss_positions, config.model.logit_cap
         return cross_entropy(x_BTD, model.output_table, task.targets_BT, task.weights_BT, chunk, cap)
 
     def add(total: LossAndGradient, inputs: tuple[Task, jax.Array]) -> tuple[LossAndGradient, None]:

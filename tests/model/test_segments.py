@@ -67,7 +67,7 @@ def test_no_loss_of_a_document_depends_on_the_inputs_of_another(objective, tiny_
             patch.setattr(Embedding, "__call__", lambda *arguments: embed(*arguments) + change_BTD)
             model = bind(config, params)
             x_BTD, _ = model(task.inputs_BT, mask_BTS=mask, starts_BT=task.starts_BT)
-            nats_BT = token_nats(x_BTD, model.output_table, task.targets_BT, config.loss_chunk)
+            nats_BT = token_nats(x_BTD, model.output_table, task.targets_BT, config.loss_positions)
             return (nats_BT * weights_BT).sum()
 
     for begin, end in BOUNDS:

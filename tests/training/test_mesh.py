@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import pytest
@@ -17,7 +17,8 @@ def abstract_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1, slices: 
     return jax.sharding.AbstractMesh((slices, data, fsdp, sequence, tensor), AXES)
 
 
-class FakeDevice(NamedTuple):
+@dataclass(frozen=True)
+class FakeDevice:
     """What make_mesh reads of a device that knows its slice."""
 
     id: int
