@@ -11,6 +11,7 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from gpt1_jax import errors
+from gpt1_jax.config_file import load_config
 
 DEPLOY = Path("deploy").absolute()
 TRAIN = ["configs/gpt1.yaml", "runs_dir=gs://bucket/runs", 'evaluation.prompts=[The, "Once upon"]']
@@ -291,6 +292,15 @@ def test_every_pod_of_the_jobset_trains_and_has_a_host_of_the_slice():
     for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
         chips *= int(size)
     assert spec["parallelism"] == spec["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+
+
+def test_the_documented_commands_have_valid_configurations():
+    page = Path("docs/deploy.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:deploy/cloud_tpu.sh run|sbatch|docker run) .*?(configs/.*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        path, *overrides = command.split()
+        load_config(Path(path), overrides)
 
 
 def test_the_image_is_made_of_files_that_are_there_and_are_sent():
