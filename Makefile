@@ -26,8 +26,8 @@ check: .venv/.installed-check ## lint, format, types, the direction of imports, 
 	@$(BIN)/shellcheck deploy/*.sh deploy/*.sbatch
 	@$(BIN)/hadolint deploy/Dockerfile
 
-bench: .venv/.installed-bench ## measure tokenizer, loader and train step beside their peers
-	@for script in tokenize loader train_step; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: .venv/.installed-bench ## measure tokenizer, loader, attention and train step beside their peers
+	@for script in tokenize loader attention train_step; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean: ## remove .venv and caches; runs and prepared corpora stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
