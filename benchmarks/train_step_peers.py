@@ -24,13 +24,14 @@ def gpt1_jax(config: Config) -> Step:
     import numpy as np
 
     from gpt1_jax.model.transformer import num_parameters
-    from gpt1_jax.training.hardware import keep_freed_memory
+    from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
     from gpt1_jax.training.mesh import batch_sharding, make_mesh
     from gpt1_jax.training.optimizer import make_optimizer
     from gpt1_jax.training.state import init_state
     from gpt1_jax.training.step import compile_train_step
 
     keep_freed_memory()
+    config = resolve_dtype(config)
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     step_fn = compile_train_step(config, optimizer, mesh, separator_id=0)
