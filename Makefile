@@ -18,14 +18,16 @@ train: .venv/.installed ## prepare the embedded corpus, train a small GPT-1 on i
 test: .venv/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-check: .venv/.installed-check ## lint, format, types, and the direction of imports
+check: .venv/.installed-check ## lint, format, types, the direction of imports, and the files of deploy/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyrefly check
 	@$(BIN)/lint-imports
+	@$(BIN)/shellcheck deploy/*.sh deploy/*.sbatch
+	@$(BIN)/hadolint deploy/Dockerfile
 
-bench: .venv/.installed-bench ## measure tokenizer, loader and train step beside their peers
-	@for script in tokenize loader train_step; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: .venv/.installed-bench ## measure tokenizer, loader, attention and train step beside their peers
+	@for script in tokenize loader attention train_step; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean: ## remove .venv and caches; runs and prepared corpora stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
