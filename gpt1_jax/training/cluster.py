@@ -44,23 +44,20 @@ def find_place(config: DistributedConfig) -> Place | None:
         return Place(config.coordinator, config.processes, config.process, names=_names(config.processes))
     if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
         return None  # a shell in an allocation, whose number of tasks is that of what it may start
-    in_kubernetes_job = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     # JAX has no public way to this; jax.distributed.initialize calls it with these arguments.
     from jax._src.clusters import ClusterEnv
 
     try:
         with warnings.catch_warnings():
-            # Of the missing package `kubernetes`: it is an error below in a job, and matters to no other pod.
-            warnings.filterwarnings("ignore", "\nKubernetes environment detected")
+            # Of the missing package `kubernetes`: in a job it is an error, and to no other pod does it matter.
+            warnings.filterwarnings("error", "Kubernetes environment detected")
             coordinator, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, int(config.timeout)
             )
     except Exception as error:  # of any type: those of an HTTP client, of Kubernetes, of parsing
-        if "KUBERNETES_SERVICE_HOST" in os.environ and not in_kubernetes_job:
+        if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
             return None  # a pod of another kind, such as a notebook's
         raise UserError(f"it cannot be found out which hosts train together: {error}\n{_ADVICE}") from error
-    if coordinator is None and in_kubernetes_job:
-        raise UserError(f"a job of Kubernetes, but the package that asks it is missing: pip install kubernetes\n{_ADVICE}")
     if coordinator is None or processes is None or process is None or processes == 1:
         return None
     return Place(coordinator, processes, process, tuple(devices) if devices else None, _names(processes))

@@ -5,6 +5,7 @@ ends, the system closes its connection, so the others know within moments which 
 after a minute or more, and abort.
 """
 
+import atexit
 import contextlib
 import importlib.metadata
 import json
@@ -23,14 +24,15 @@ import jax
 from gpt1_jax.config import Config
 from gpt1_jax.errors import GPT1Error, Interrupted, StalledError
 from gpt1_jax.training.cluster import Place, find_place
-from gpt1_jax.training.hub import Hello, Hub, encode, keep_alive, listen
+from gpt1_jax.training.hub import Hello, Hub, encode, has_gone, keep_alive, listen
 
 _T = TypeVar("_T")
 
 _SAY_EVERY = 10.0  # seconds between two lines on waiting for process 0
 _RETRY_SECONDS = 0.3  # between two attempts to reach it
-_GRACE_SECONDS = 5.0  # for this process to end by itself when the run is over, before it is ended
-_SETTLE_SECONDS = 3.0  # for the news that a host has gone to overtake the errors that it causes here
+_GRACE_SECONDS = 3.0  # for this process to end by itself when the run is over, before it is ended
+_SETTLE_SECONDS = 2.0  # for the news that a host has gone to overtake the errors that it causes here
+_SHUTDOWN_SECONDS = 10  # that JAX waits at the end for the others, who are there, or have gone
 # Keys that may be another on each host; with any other one, the hosts would wait for each other in different places.
 _OF_A_HOST = ("distributed.", "logging.", "data.workers", "data.prefetch", "data.readers", "data.verify")
 
@@ -99,6 +101,7 @@ def join(config: Config, say: Callable[[str], None]) -> Hosts:
         return Hosts()
     hello = Hello(process=place.process, processes=place.processes, host=platform.node(), settings=_settings(config))
     timeout = config.distributed.timeout
+    _results_alone_on_stdout()
     hub = Hub(listen(place), place, hello, timeout, say) if place.process == 0 else None
     try:
         line = Line(place, hello, timeout, say, hub)
@@ -116,7 +119,10 @@ def join(config: Config, say: Callable[[str], None]) -> Hosts:
         local_device_ids=place.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=int(timeout) + 1,
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
+    # Behind whatever is registered later, and before what JAX has registered when it was imported.
+    atexit.register(line.exit_if_failed)
     return Hosts(line)
 
 
@@ -127,6 +133,7 @@ class Line:
         process: the number of this process.
         processes: how many there are.
         port: of process 0 that is JAX's.
+        exit_code: what the process ends with, if an error ended its work with the others.
     """
 
     def __init__(self, place: Place, hello: Hello, timeout: float, say: Callable[[str], None], hub: Hub | None):
@@ -141,6 +148,7 @@ class Line:
         self._step, self._last, self._why = -1, sys.maxsize, ""
         self._held = False  # between being asked how far this process is, and knowing where to stop
         self._left = threading.Event()
+        self.exit_code: int | None = None
         threading.Thread(target=self._listen, name="gpt1-line", daemon=True).start()
 
     def send(self, **message: Any) -> None:
@@ -185,43 +193,41 @@ class Line:
         if not isinstance(error, GPT1Error):
             with self._changed:
                 self._changed.wait_for(lambda: self._over, _SETTLE_SECONDS)
-        own = isinstance(error, GPT1Error) or not self._over
-        self._fail(error if own else self._over)
-        if not own:
-            raise self._over from None  # pyrefly: ignore[bad-raise]
+        consequence = None if isinstance(error, GPT1Error) else self._over
+        self._fail(consequence or error)
+        if consequence:
+            raise consequence from None
 
-    def _fail(self, error: BaseException | None) -> None:
-        """Lets the others know; from here on nothing keeps this process from ending."""
+    def _fail(self, error: BaseException) -> None:
+        """Lets the others know."""
         self._left.set()
         code = error.exit_code if isinstance(error, GPT1Error) else GPT1Error.exit_code
+        self.exit_code = 130 if isinstance(error, KeyboardInterrupt) else code
         self.send(failed=str(error) or type(error).__name__, code=code)
         self._close()
 
-        def end() -> None:
-            time.sleep(_GRACE_SECONDS)
-            os._exit(code)
-
-        # At its end JAX would wait for minutes for those that have gone.
-        threading.Thread(target=end, name="gpt1-end", daemon=True).start()
+    def exit_if_failed(self) -> None:
+        """Ends the process before JAX does, which would wait for the others, and abort when they have gone."""
+        if self.exit_code is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.exit_code)
 
     def _close(self) -> None:
-        if self._hub:
-            self._hub.close()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+        if self._hub:
+            self._hub.close()
 
     def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with self._lines, contextlib.suppress(OSError, ValueError):
             for line in self._lines:
                 self._take(json.loads(line))
         if not self._left.is_set():
-            self._end(
-                StalledError(
-                    f"host 0 ({self._first}) has gone: its process has ended, or its machine does not answer; see what "
-                    "it said last, and run the same command on all hosts again"
-                )
-            )
+            gone = StalledError(has_gone(0, self._first))
+            # JAX, whose service has gone too, is about to abort this process with a trace of its own.
+            self._end(gone, grace=0.0 if self.process else _GRACE_SECONDS)
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._changed:
@@ -240,12 +246,12 @@ class Line:
         if self._over:
             self._end(self._over)
 
-    def _end(self, error: GPT1Error) -> None:
+    def _end(self, error: GPT1Error, grace: float = _GRACE_SECONDS) -> None:
         """Ends this process, if it does not end by itself: it may wait for a device, and so for who has gone."""
         with self._changed:
             self._over = self._over or error
             self._changed.notify_all()
-        if not self._left.wait(_GRACE_SECONDS):
+        if not self._left.wait(grace):
             print(f"gpt1: {error}", file=sys.stderr, flush=True)
             os._exit(error.exit_code)
 
@@ -286,6 +292,13 @@ def _meet(
         f"process 0 did not answer at distributed.coordinator={place.coordinator} in {timeout:g} seconds: {why}; see "
         "that 'gpt1 train' runs there, and that this host may reach the port"
     )
+
+
+def _results_alone_on_stdout() -> None:
+    """Has what libraries print on standard output go to standard error: Gloo, the collectives of CPUs, reports there."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, 1)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -78,27 +78,36 @@ class Hub:
         say: prints a line.
     """
 
-    def __init__(
-        self, listener: socket.socket, place: Place, hello: Hello, timeout: float, say: Callable[[str], None]
-    ):
+    def __init__(self, listener: socket.socket, place: Place, hello: Hello, timeout: float, say: Callable[[str], None]):
         self._listener, self._place, self._hello, self._timeout, self._say = listener, place, hello, timeout, say
         self._members: dict[int, _Member] = {}
         self._values: dict[int, Any] = {}  # what was said since the last answer
         self._steps: dict[int, int] = {}  # reached, when it was asked for
-        self._began = self._stopping = self._over = False
-        self._empty = threading.Event()
+        self._over: dict[str, Any] | None = None  # why all must end
+        self._began = self._stopping = False
+        self._visits: dict[asyncio.Task, asyncio.StreamWriter] = {}
+        self._changed, self._closing = asyncio.Event(), asyncio.Event()
+        self._serving, self._empty = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="gpt1-hub", daemon=True)
         self._thread.start()
+        self._serving.wait()
 
     def close(self) -> None:
-        """Waits until the others have left, so that they hear why it is over; not for long."""
+        """Ends the server when the others have left, so that they hear why it is over, or after some seconds."""
         self._empty.wait(_LINGER_SECONDS)
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
 
     async def _serve(self) -> None:
-        self._changed = asyncio.Event()
-        async with await asyncio.start_server(self._welcome, sock=self._listener, limit=_LONGEST):
-            await self._wait_for_all()
-            await asyncio.Event().wait()  # until the process ends
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(self._welcome, sock=self._listener, limit=_LONGEST)
+        self._serving.set()
+        await self._wait_for_all()
+        await self._closing.wait()
+        server.close()
+        for writer in self._visits.values():
+            writer.close()
+        await asyncio.gather(*self._visits, return_exceptions=True)
 
     async def _wait_for_all(self) -> None:
         clock = asyncio.get_running_loop()
@@ -124,28 +133,35 @@ class Hub:
             self._tell(begin=_free_port(), hosts=[self._name(process) for process in range(self._place.processes)])
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visit = asyncio.current_task()
+        assert visit is not None
+        self._visits[visit] = writer
         try:
             hello = Hello.model_validate_json(await asyncio.wait_for(reader.readline(), _HELLO_SECONDS))
-        except (ValueError, TimeoutError, OSError):  # ValueError: too long, or not a hello
-            writer.close()
-            return
-        member = _Member(hello, writer)
-        problem = self._problem(hello)
-        if self._over or self._began or problem:
-            if problem and not self._began:
-                self._end(UserError(problem))
-            elif self._began:
-                _write(writer, busy=f"{self._place.coordinator}: the run that process 0 leads there is under way")
-            writer.close()
-            return
-        keep_alive(writer.get_extra_info("socket"))
-        self._members[hello.process] = member
-        self._changed.set()
-        with contextlib.suppress(OSError, ValueError):
-            async for line in reader:
-                self._take(hello.process, member, json.loads(line))
-        self._lose(hello.process, member)
+        except (TimeoutError, OSError, ValueError):  # ValueError: too long, or not a hello
+            hello = None
+        if hello and self._admit(hello, writer):
+            with contextlib.suppress(OSError, ValueError):
+                async for line in reader:
+                    self._take(hello.process, json.loads(line))
+            self._lose(hello.process)
         writer.close()
+        del self._visits[visit]
+
+    def _admit(self, hello: Hello, writer: asyncio.StreamWriter) -> bool:
+        """Whether a process joins; if not, it hears why."""
+        if self._began:
+            _write(writer, busy="the run that process 0 leads there is under way")
+            return False
+        if problem := self._problem(hello):
+            self._end(UserError(problem))
+        if self._over:
+            _write(writer, **self._over)
+            return False
+        keep_alive(writer.get_extra_info("socket"))
+        self._members[hello.process] = _Member(hello, writer)
+        self._changed.set()
+        return True
 
     def _problem(self, hello: Hello) -> str | None:
         """What speaks against a process that wants to join."""
@@ -169,7 +185,8 @@ class Hub:
             )
         return None
 
-    def _take(self, process: int, member: _Member, message: Mapping[str, Any]) -> None:
+    def _take(self, process: int, message: Mapping[str, Any]) -> None:
+        member = self._members[process]
         match message:
             case {"value": value}:
                 self._values[process] = value
@@ -192,28 +209,24 @@ class Hub:
             case {"leave": _}:
                 member.left = True
 
-    def _lose(self, process: int, member: _Member) -> None:
+    def _lose(self, process: int) -> None:
         """A connection has ended."""
+        member = self._members[process]
         if not self._began:
             del self._members[process]
             self._changed.set()
         elif not member.left:
             member.left = True
-            self._end(
-                StalledError(
-                    f"host {process} ({self._name(process)}) has gone: its process has ended, or its machine does not "
-                    "answer; see what it said last, and run the same command on all hosts again"
-                )
-            )
+            self._end(StalledError(has_gone(process, self._name(process))))
         if all(member.left for number, member in self._members.items() if number):
             self._empty.set()
 
     def _end(self, error: GPT1Error, code: int | None = None) -> None:
         """Tells all why it is over; the first reason counts."""
         if not self._over:
-            self._over = True
+            self._over = {"failed": str(error), "code": error.exit_code if code is None else code}
             self._changed.set()
-            self._tell(failed=str(error), code=error.exit_code if code is None else code)
+            self._tell(**self._over)
 
     def _tell(self, **message: Any) -> None:
         for member in self._members.values():
@@ -231,6 +244,14 @@ class Hub:
 
     def _name(self, process: int) -> str:
         return self._members[process].hello.host
+
+
+def has_gone(process: int, host: str) -> str:
+    """What to say of a process whose connection has ended."""
+    return (
+        f"host {process} ({host}) has gone: its process has ended, or its machine does not answer; see what it said "
+        "last, and run the same command on all hosts again"
+    )
 
 
 def keep_alive(connection: socket.socket) -> None:

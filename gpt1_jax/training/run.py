@@ -20,6 +20,7 @@ from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.mesh import check_mesh, make_mesh, tree_shardings
 
 CONFIG = "config.yaml"
+_PATIENCE_SECONDS = 10.0  # for which a shared disk may show an older listing
 
 # Keys that may differ when a run goes on, because its losses and weights do not depend on them.
 _FREE_KEYS = (
@@ -173,8 +174,8 @@ def check_shared(config: Config, hosts: Hosts) -> None:
 
 
 def _appears(path: epath.Path) -> bool:
-    """Whether a file is there, or comes within some seconds: a shared disk may show an older listing for so long."""
-    deadline = time.monotonic() + 10
+    """Whether a file is there, or comes soon."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
             return False
