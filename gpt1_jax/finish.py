@@ -102,11 +102,12 @@ def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:
     return Corpus(folders[0], config.data.verify, config.data.readers)
 
 
-def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts) -> Finished | None:
+def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Finished | None:
     """Evaluates a trained run, samples from it and writes its report; None but in process 0, which writes.
 
     What a finished run already has is read, not made again.
     """
+    hosts = hosts or Hosts()
     page = path / "report.html"
     run = open_run(path, mesh)
     # Asked once: what the others find may be older, on a shared disk.

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -262,40 +263,51 @@ def _meet(
     """Connects to process 0 and waits until all have; what it says then."""
     deadline = time.monotonic() + timeout
     host, _, port = place.coordinator.rpartition(":")
-    host, why, said = host.strip("[]"), "no connection", 0.0
-    while (left := deadline - time.monotonic()) > 0:
-        with contextlib.ExitStack() as stack:
-            try:
-                connection = stack.enter_context(socket.create_connection((host, int(port)), left))
-                keep_alive(connection)
-                connection.sendall(hello.model_dump_json().encode() + b"\n")
-                # Process 0 may have started later, and waits as long; then it says who is missing.
-                connection.settimeout(timeout + 2 * _RETRY_SECONDS)
-                lines = stack.enter_context(connection.makefile("rb"))
-                answer = json.loads(lines.readline() or b"{}")
-            except (OSError, ValueError) as error:
-                answer, why = {}, str(error)
+    said = -math.inf
+    while True:
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), max(1.0, deadline - time.monotonic()))
+        except OSError as error:
+            why = str(error)
+        else:
+            # Process 0 may have started later, and waits as long; then it says who is missing.
+            lines, answer = _greet(connection, hello, timeout + 2 * _RETRY_SECONDS)
             if "begin" in answer:
-                connection.settimeout(None)
-                stack.pop_all()
                 return connection, lines, answer
-        if "failed" in answer:
-            refused = GPT1Error(answer["failed"])
-            refused.exit_code = answer["code"]
-            raise refused
-        why = answer.get("busy", why)
+            lines.close()
+            connection.close()
+            if "failed" in answer:
+                refused = GPT1Error(answer["failed"])
+                refused.exit_code = answer["code"]
+                raise refused
+            why = answer.get("busy", "it does not speak as one")
+        if time.monotonic() > deadline:
+            raise StalledError(
+                f"process 0 did not answer at distributed.coordinator={place.coordinator} in {timeout:g} seconds: "
+                f"{why}; see that 'gpt1 train' runs there, and that this host may reach the port"
+            )
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()
             say(f"waiting for process 0 at {place.coordinator}: {why}")
         time.sleep(_RETRY_SECONDS)
-    raise StalledError(
-        f"process 0 did not answer at distributed.coordinator={place.coordinator} in {timeout:g} seconds: {why}; see "
-        "that 'gpt1 train' runs there, and that this host may reach the port"
-    )
+
+
+def _greet(connection: socket.socket, hello: Hello, seconds: float) -> tuple[IO[bytes], dict[str, Any]]:
+    """Says hello, and waits for the answer."""
+    lines = connection.makefile("rb")
+    try:
+        keep_alive(connection)
+        connection.sendall(hello.model_dump_json().encode() + b"\n")
+        connection.settimeout(seconds)
+        answer = json.loads(lines.readline() or b"{}")
+        connection.settimeout(None)
+    except (OSError, ValueError) as error:
+        answer = {"busy": str(error)}
+    return lines, answer
 
 
 def _results_alone_on_stdout() -> None:
-    """Has what libraries print on standard output go to standard error: Gloo, the collectives of CPUs, reports there."""
+    """Has what libraries print go to standard error: Gloo, the collectives of CPUs, reports on standard output."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
     os.dup2(2, 1)

@@ -61,8 +61,7 @@ def train(
         begin = checkpoints.latest() or 0
         if begin >= config.train.steps:
             return
-        if hosts.process == 0:
-            write_config(config)
+        hosts.first(lambda: write_config(config))
 
         # ---- model and optimizer
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -76,8 +75,7 @@ def train(
 
         # ---- input
         order = data_order(config, corpus, begin, examples)
-        if hosts.process == 0:
-            note_order(config.run_dir, order)
+        hosts.first(lambda: note_order(config.run_dir, order))
         windows = order.windows(corpus)
         batches = Batches(windows, config.train.batch_size, batch_sharding(mesh), examples, config.data.prefetch)
 
