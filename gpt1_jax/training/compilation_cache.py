@@ -44,7 +44,7 @@ def compilation_cache(config: Config) -> Iterator[None]:
 
 
 class _Folder(CacheInterface):
-    """Files, whole or absent, each of which begins with the SHA-256 of the rest."""
+    """Files, whole or absent, each of which ends with the SHA-256 of the rest."""
 
     def __init__(self, folder: epath.Path):
         self._path: Any = folder
@@ -55,8 +55,8 @@ class _Folder(CacheInterface):
             content = (self._path / key).read_bytes()
         except FileNotFoundError:
             return None
-        digest, value = content[:32], content[32:]
-        if hashlib.sha256(value).digest() != digest:
+        value, digest = content[:-64], content[-64:]
+        if _digest(value) != digest:
             warnings.warn(f"{self._path / key}: this compiled function is damaged; it is compiled again", stacklevel=2)
             return None
         return value
@@ -64,7 +64,11 @@ class _Folder(CacheInterface):
     def put(self, key: str, value: bytes) -> None:
         """Writes a value, in the place of a damaged one."""
         make_folder(self._path)
-        write_atomically(self._path / key, hashlib.sha256(value).digest() + value)
+        write_atomically(self._path / key, value + _digest(value))
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).hexdigest().encode()
 
 
 def _use(cache: _Folder | None, least_seconds: float) -> None:
