@@ -86,25 +86,35 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a run, preparing its corpus first if needed; then evaluate it, sample from it, and report."""
+    from gpt1_jax.config import DistributedConfig
     from gpt1_jax.config_file import load_config
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
     from gpt1_jax.finish import finish, validation_figures
+    from gpt1_jax.training.compilation_cache import compilation_cache
     from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
+    from gpt1_jax.training.hosts import join
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
-    from gpt1_jax.training.run import check_run
+    from gpt1_jax.training.run import check_run, check_shared
 
     keep_freed_memory()
-    settings = resolve_dtype(load_config(config, overrides or ()))
-    mesh = make_mesh(settings.mesh)
-    check_mesh(settings, mesh)
-    check_run(settings, allow_changes)
-    prepared = prepare_corpus(settings, progress=_prepare_progress())
-    corpus = Corpus(prepared, settings.data.verify, settings.data.readers)
-    tokenizer = corpus.tokenizer()
-    train_run(settings, corpus, tokenizer, mesh, validation_figures(settings, corpus, mesh), allow_changes)
-    _print_finished(finish(settings.run_dir, corpus, mesh), as_json)
+    settings = load_config(config, overrides or ())
+    with join(settings, say) as hosts, compilation_cache(settings):
+        # Where a process is belongs to this start, and not to the run.
+        settings = resolve_dtype(settings).model_copy(update={"distributed": DistributedConfig()})
+        mesh = make_mesh(settings.mesh)
+        check_mesh(settings, mesh)
+        check_shared(settings, hosts)
+        check_run(settings, allow_changes)
+        prepared = hosts.first(lambda: str(prepare_corpus(settings, progress=_prepare_progress())))
+        corpus = Corpus(epath.Path(prepared), settings.data.verify, settings.data.readers)
+        tokenizer = corpus.tokenizer()
+        evaluate = validation_figures(settings, corpus, mesh)
+        train_run(settings, corpus, tokenizer, mesh, evaluate, allow_changes, hosts)
+        finished = finish(settings.run_dir, corpus, mesh, hosts)
+    if finished:
+        _print_finished(finished, as_json)
 
 
 @app.command(

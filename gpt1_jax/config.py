@@ -7,7 +7,7 @@ authors' fine-tuning code (openai/finetune-transformer-lm).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -313,6 +313,7 @@ class TrainConfig(Section):
     # Add up gradients of so many groups of rows, in order: the same bits on any number of devices that divides it
     deterministic_groups: PositiveInt | None = None
     log_every: PositiveInt = 100  # steps; the first and the last are always logged
+    compilation_cache: str | None = "auto"  # folder of compiled functions; auto: in runs_dir; null: none is kept
 
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> "TrainConfig":
@@ -395,6 +396,34 @@ class LoggingConfig(Section):
     peak_flops: PositiveFloat | None = None  # FLOP/s of one device, for MFU where the device is not known by name
 
 
+class DistributedConfig(Section):
+    """Which process of a job this is; with none of the first three, found as JAX finds it on TPUs, SLURM and so on."""
+
+    coordinator: str | None = None  # host:port at which the others find process 0
+    processes: PositiveInt | None = None  # of the job, one for each host; 1: this one alone, nothing is looked for
+    process: NonNegativeInt | None = None  # number of this one, from 0
+    timeout: PositiveFloat = 120.0  # seconds that the processes wait for each other at the start
+
+    @model_validator(mode="after")
+    def _together(self) -> "DistributedConfig":
+        given = {"coordinator": self.coordinator, "processes": self.processes, "process": self.process}
+        shown = ", ".join(f"distributed.{key}={'null' if value is None else value}" for key, value in given.items())
+        if self.processes == 1 and self.coordinator is None and not self.process:
+            return self
+        if None in given.values() and any(value is not None for value in given.values()):
+            raise ValueError(f"{shown}: give all three, or none of them to have them found")
+        if self.process is not None and self.processes is not None and self.process >= self.processes:
+            raise ValueError(f"{shown}: the processes are numbered from 0 to {self.processes - 1}")
+        if self.coordinator is not None:
+            address = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})", self.coordinator)
+            if not address or not 0 < int(address[2]) < 2**16:
+                raise ValueError(
+                    f"distributed.coordinator={self.coordinator}: not an address; give host:port, such as "
+                    "10.0.0.1:8476, an IPv6 address in brackets"
+                )
+        return self
+
+
 class Config(Section):
     """A whole run. ``name`` is its folder under ``runs_dir``; configuration and ``seed`` fix its result."""
 
@@ -409,6 +438,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def run_dir(self) -> epath.Path:
@@ -450,3 +480,12 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """The dotted keys in which two configurations differ, dumped to JSON, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in {**old, **new}:
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new

@@ -35,6 +35,12 @@ class DivergedError(GPT1Error):
     exit_code = 4
 
 
+class StalledError(GPT1Error):
+    """The run cannot go on: a host of it has not come, or has gone."""
+
+    exit_code = 5
+
+
 class StorageError(GPT1Error):
     """Storage is full, read-only or cannot be reached."""
 

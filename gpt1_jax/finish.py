@@ -22,6 +22,7 @@ from gpt1_jax.generation.decode import generate
 from gpt1_jax.generation.sampling import Sampling
 from gpt1_jax.reporting.records import EVALUATION, SAMPLES, Record, read_final, read_samples
 from gpt1_jax.reporting.report import write_report
+from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.loop import Evaluate
 from gpt1_jax.training.run import Run, open_run
 
@@ -101,18 +102,22 @@ def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:
     return Corpus(folders[0], config.data.verify, config.data.readers)
 
 
-def finish(path: epath.Path, corpus: Corpus, mesh: Mesh) -> Finished:
-    """Evaluates a trained run, samples from it and writes its report.
+def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Finished | None:
+    """Evaluates a trained run, samples from it and writes its report; None but in process 0, which writes.
 
     What a finished run already has is read, not made again.
     """
+    hosts = hosts or Hosts()
     page = path / "report.html"
     run = open_run(path, mesh)
-    final = read_final(path)
-    if final.get("step") == run.step and page.exists():
-        return Finished(run, final, read_samples(path), page)
+    # Asked once: what the others find may be older, on a shared disk.
+    done = hosts.first(lambda: read_final(path).get("step") == run.step and page.exists())
+    if done:
+        return Finished(run, read_final(path), read_samples(path), page) if hosts.process == 0 else None
     final = {"step": run.step, **dataclasses.asdict(split_figures(run, corpus, "validation"))}
     samples = list(_samples(run))
+    if hosts.process:
+        return None
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
     write_atomically(path / SAMPLES, "".join(lines).encode())
     write_report([path], final=final)

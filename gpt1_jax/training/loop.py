@@ -15,6 +15,7 @@ from gpt1_jax.model.transformer import Params, num_parameters
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.history import data_order, note_order
+from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.interrupt import Interruption
 from gpt1_jax.training.metrics import MetricsLog
 from gpt1_jax.training.optimizer import make_optimizer
@@ -35,6 +36,7 @@ def train(
     mesh: Mesh,
     evaluate: Evaluate,
     allow_changes: bool = False,
+    hosts: Hosts | None = None,
 ) -> None:
     """Trains a run to ``train.steps``, from its newest checkpoint if it has one; a finished run is left as it is.
 
@@ -45,19 +47,21 @@ def train(
         mesh: the devices; checked against the configuration.
         evaluate: called every ``evaluation.every`` steps and after the last.
         allow_changes: go on with a run that another configuration or corpus made.
+        hosts: the processes that train it together; None: this one alone.
 
     Raises:
         UserError: if the run was made by another configuration, or from another corpus or tokenizer.
         DivergedError: if the loss or the gradient is no longer finite.
-        Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
+        Interrupted: after SIGTERM or Ctrl-C on any host, once a checkpoint is written.
     """
     # ---- run
     check_run(config, allow_changes)
-    with Interruption() as interruption, Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
+    hosts = hosts or Hosts()
+    with Interruption(hosts) as interruption, Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
         begin = checkpoints.latest() or 0
         if begin >= config.train.steps:
             return
-        write_config(config)
+        hosts.first(lambda: write_config(config))
 
         # ---- model and optimizer
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -71,13 +75,14 @@ def train(
 
         # ---- input
         order = data_order(config, corpus, begin, examples)
-        note_order(config.run_dir, order)
+        hosts.first(lambda: note_order(config.run_dir, order))
         windows = order.windows(corpus)
         batches = Batches(windows, config.train.batch_size, batch_sharding(mesh), examples, config.data.prefetch)
 
         # ---- log
         # Metrics of steps after the checkpoint, which a killed process wrote, are dropped: those steps are made again.
-        with batches, MetricsLog(config, begin) as log, Progress(config, begin) as progress:
+        first = hosts.process == 0  # of the processes, the one that writes and shows
+        with batches, MetricsLog(config, begin, first) as log, Progress(config, begin, first) as progress:
             progress.say(_summary(config, corpus, mesh, begin))
 
             # ---- step
@@ -95,7 +100,7 @@ def train(
             step = begin
             try:
                 with jax.transfer_guard("disallow"):
-                    while step < config.train.steps and not interruption.requested:
+                    while step < config.train.steps and not interruption.after(step):
                         _, batch = next(batches)
                         state, metrics = step_fn(state, batch)
                         step += 1

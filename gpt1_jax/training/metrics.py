@@ -32,16 +32,20 @@ class MetricsLog:
         config: the run.
         step: the step that the run goes on from. Records after it, written by a process that died before its next
             checkpoint, are dropped: those steps will be made, and written, again.
+        writes: whether to write at all; of the processes of a run one does.
 
     Raises:
         DamagedError: if the file holds what no process of ours has written.
     """
 
-    def __init__(self, config: Config, step: int):
+    def __init__(self, config: Config, step: int, writes: bool = True):
+        self.seconds = 0.0  # training time of the records kept
+        self._writes = writes
+        if not writes:
+            return
         self._run_dir = config.run_dir
         self._remote = is_remote(self._run_dir)
         self._folder = Path(tempfile.mkdtemp(prefix="gpt1-") if self._remote else self._run_dir)
-        self.seconds = 0.0  # training time of the records kept
         kept = []
         for record in read_records(self._run_dir / METRICS, "step", "tokens"):
             if record["step"] <= step:
@@ -55,6 +59,8 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record; ``step`` is among its keys."""
+        if not self._writes:
+            return
         self._file.write(json.dumps(record) + "\n")
         if self._board is not None:
             for key, value in record.items():
@@ -63,7 +69,7 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Puts the files of a run in a bucket there as they are now; those of a local run are there already."""
-        if not self._remote:
+        if not (self._writes and self._remote):
             return
         if self._board is not None:
             self._board.flush()
@@ -75,6 +81,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._writes:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -17,14 +17,16 @@ class Progress:
     Args:
         config: the run.
         step: the step that the run goes on from.
+        shows: whether to show anything; of the processes of a run one does.
     """
 
-    def __init__(self, config: Config, step: int):
+    def __init__(self, config: Config, step: int, shows: bool = True):
+        self._shows = shows
         self._console = rich.console.Console(stderr=True)
         self._steps = config.train.steps
         mode = config.logging.progress
         self._bar: rich.progress.Progress | None = None
-        if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
+        if shows and (mode == "bar" or (mode == "auto" and sys.stderr.isatty())):
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
                 rich.progress.BarColumn(),
@@ -47,7 +49,7 @@ class Progress:
         """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
-        else:
+        elif self._shows:
             print(line, file=sys.stderr, flush=True)
 
     def show(self, record: Mapping[str, Any], seconds_left: float) -> None:

@@ -1,14 +1,15 @@
 """A run's folder: made by training, opened by everything that uses a trained model."""
 
-from collections.abc import Iterable, Mapping
+import os
+import time
+import uuid
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from gpt1_jax.config import Config, MeshConfig
+from gpt1_jax.config import Config, MeshConfig, differences
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
 from gpt1_jax.errors import UserError
@@ -17,9 +18,11 @@ from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.choices import resolve
+from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 
 CONFIG = "config.yaml"
+_PATIENCE_SECONDS = 10.0  # for which a shared disk may show an older listing
 
 # Keys that may differ when a run goes on, because its losses and weights do not depend on them.
 _FREE_KEYS = (
@@ -36,10 +39,12 @@ _FREE_KEYS = (
     "model.scan_layers",
     "model.remat",
     "train.log_every",
+    "train.compilation_cache",
     "mesh.",
     "checkpoint.",
     "evaluation.",
     "logging.",
+    "distributed.",
 )
 # Of the model's, those that imported weights leave open.
 _FREE_KEYS_OF_IMPORTED = (
@@ -128,7 +133,8 @@ def check_run(config: Config, allow_changes: bool) -> None:
             return
         files = checkpoints.read_files(step)
         made_by = _config_in(files, checkpoints.path(step))
-    changes = list(_differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
+    changes = list(differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
+    changes = [change for change in changes if not change[0].startswith(_FREE_KEYS)]
     if files.corpus is None:
         changes = [c for c in changes if c[0].startswith("model.") and c[0] not in _FREE_KEYS_OF_IMPORTED]
     if changes:
@@ -137,6 +143,48 @@ def check_run(config: Config, allow_changes: bool) -> None:
             + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in changes)
             + "start another run with name=NEW, or pass --allow-changes to go on with the values of now"
         )
+
+
+def check_shared(config: Config, hosts: Hosts) -> None:
+    """Checks that all processes see the same run, before one of them writes into a folder of its own.
+
+    Raises:
+        UserError: naming the processes that do not see what process 0 writes; or if checkpoints go to S3, whose way
+            there is through the disk of one machine.
+    """
+    if hosts.processes == 1:
+        return
+    if os.fspath(config.run_dir).startswith("s3://"):
+        raise UserError(
+            f"runs_dir={config.runs_dir}: several processes cannot write a checkpoint to S3; give a folder that all "
+            "hosts share, or gs://"
+        )
+
+    def write() -> str:
+        make_folder(config.run_dir)
+        path = config.run_dir / f".shared-{uuid.uuid4().hex[:8]}"
+        write_atomically(path, b"")
+        return path.name
+
+    path = config.run_dir / hosts.first(write)
+    blind = [process for process, sees in enumerate(hosts.gather(_appears(path))) if not sees]
+    if hosts.process == 0:
+        path.unlink()
+    if blind:
+        raise UserError(
+            f"runs_dir={config.runs_dir}: process(es) {', '.join(map(str, blind))} do not see what process 0 writes "
+            "there; give a folder that all hosts share"
+        )
+
+
+def _appears(path: epath.Path) -> bool:
+    """Whether a file is there, or comes soon."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def write_config(config: Config) -> None:
@@ -158,11 +206,3 @@ def _mesh_for(config: Config) -> Mesh:
     except UserError:  # trained on other devices
         return make_mesh(MeshConfig())
     return mesh
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in {**old, **new}:
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new and not key.startswith(_FREE_KEYS):
-        yield key, old, new
