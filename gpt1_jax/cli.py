@@ -91,8 +91,9 @@ def train(
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
     from gpt1_jax.finish import finish, validation_figures
+    from gpt1_jax.training.choices import resolve
     from gpt1_jax.training.compilation_cache import compilation_cache
-    from gpt1_jax.training.hardware import keep_freed_memory, resolve_dtype
+    from gpt1_jax.training.hardware import keep_freed_memory
     from gpt1_jax.training.hosts import join
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
@@ -102,11 +103,13 @@ def train(
     settings = load_config(config, overrides or ())
     with join(settings, say) as hosts, compilation_cache(settings):
         # Where a process is belongs to this start, and not to the run.
-        settings = resolve_dtype(settings).model_copy(update={"distributed": DistributedConfig()})
+        settings, choices = resolve(settings.model_copy(update={"distributed": DistributedConfig()}))
         mesh = make_mesh(settings.mesh)
         check_mesh(settings, mesh)
         check_shared(settings, hosts)
         check_run(settings, allow_changes)
+        for choice in choices if hosts.process == 0 else ():
+            say(str(choice))
         prepared = hosts.first(lambda: str(prepare_corpus(settings, progress=_prepare_progress())))
         corpus = Corpus(epath.Path(prepared), settings.data.verify, settings.data.readers)
         tokenizer = corpus.tokenizer()

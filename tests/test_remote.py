@@ -217,12 +217,12 @@ def local_run(tmp_path_factory, corpus, run_yaml) -> Path:
     """The run that those in buckets must equal, uninterrupted."""
     from gpt1_jax.finish import finish, validation_figures
     from gpt1_jax.text.tokenizer import read_tokenizer
-    from gpt1_jax.training.hardware import resolve_dtype
+    from gpt1_jax.training.choices import resolve
     from gpt1_jax.training.loop import train
     from gpt1_jax.training.mesh import make_mesh
 
     folder = tmp_path_factory.mktemp("runs")
-    config = resolve_dtype(parse_config(f"name: run\nruns_dir: {folder}\n{run_yaml}", "test"))
+    config, _ = resolve(parse_config(f"name: run\nruns_dir: {folder}\n{run_yaml}", "test"))
     mesh = make_mesh(config.mesh)
     figures = validation_figures(config, corpus, mesh)
     train(config, corpus, read_tokenizer(corpus.tokenizer_file), mesh, figures)

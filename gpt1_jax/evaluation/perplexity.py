@@ -87,7 +87,7 @@ class Evaluator:
         self._context_length = config.context_length
         self._stride = config.evaluation.stride or config.context_length
         self._batch_size = -(-config.evaluation.batch_size // devices) * devices
-        self._sharding = batch_sharding(mesh)
+        self._mesh, self._sharding = mesh, batch_sharding(mesh)
         self._separator_id = separator_id
         self._nats = jax.jit(
             lambda params, tokens_BT: _window_nats(config, params, tokens_BT, separator_id),
@@ -109,7 +109,8 @@ class Evaluator:
         pending: tuple[list[Window], Array] | None = None
         for batch in self._batches(length):
             # The next batch is given to the devices before the last one's result is waited for.
-            dispatched = batch, self._nats(params, self._read(stream, batch))
+            with jax.set_mesh(self._mesh):
+                dispatched = batch, self._nats(params, self._read(stream, batch))
             if pending:
                 sums += _counted(*pending)
             pending = dispatched
