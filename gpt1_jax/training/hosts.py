@@ -110,21 +110,30 @@ def join(config: Config, say: Callable[[str], None]) -> Hosts:
         if hub:
             hub.close()
         raise
-    # Signals are answered by the loop; JAX would take SIGTERM over for good.
-    jax.config.update("jax_enable_preemption_service", False)
-    host, _, _ = place.coordinator.rpartition(":")
-    jax.distributed.initialize(
-        f"{host}:{line.port}",
-        place.processes,
-        place.process,
-        local_device_ids=place.devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(timeout) + 1,
-        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-    )
     # Behind whatever is registered later, and before what JAX has registered when it was imported.
     atexit.register(line.exit_if_failed)
+    _initialize_jax(place, line, timeout)
     return Hosts(line)
+
+
+def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
+    # Signals are answered by the loop; JAX would take SIGTERM over for good.
+    jax.config.update("jax_enable_preemption_service", False)
+    address = f"{place.coordinator.rpartition(':')[0]}:{line.port}"
+    try:
+        jax.distributed.initialize(
+            address,
+            place.processes,
+            place.process,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(timeout) + 1,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except RuntimeError as error:
+        unreachable = StalledError(f"JAX's processes do not reach process 0 at {address}: {error}; open the port")
+        line.leave(unreachable)
+        raise unreachable from error
 
 
 class Line:

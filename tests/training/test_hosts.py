@@ -301,7 +301,7 @@ SETTINGS = (
     "optimizer: {warmup_steps: 2, learning_rate: 1e-2}\n"
     "train: {steps: 12, batch_size: 8, log_every: 1}\n"
     "checkpoint: {every: 4}\n"
-    "evaluation: {every: 6, batch_size: 8, max_tokens: 600, sample_tokens: 8}\n"
+    "evaluation: {every: 12, batch_size: 8, max_tokens: 600, sample_tokens: 8}\n"
 )
 
 
@@ -312,7 +312,8 @@ class Running:
         self.folder = folder
         port = free_port()
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Code that is hardly optimised, which is sooner compiled.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
         }
         self.jobs = []
@@ -385,7 +386,7 @@ def test_one_process_writes_what_all_have_made(two_by_four):
     folder, ((code, out, err), (code_1, out_1, err_1)) = two_by_four
     assert (code, code_1) == (0, 0), err + err_1
     steps = [record["step"] for record in records(folder)]
-    assert steps == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+    assert steps == [*range(1, 13), 12]
     result = json.loads(out)
     assert result["step"] == 12 and (folder / "runs/run/report.html").exists()
     assert "2 of 2 hosts joined: 0 (" in err and "8 cpu device(s)" in err and "step       1/12" in err
