@@ -110,19 +110,22 @@ def _in_order(
     assert groups is not None
     here = groups // math.prod(replicas.values())
     tasks_G = jax.tree.map(lambda x: x.reshape(x.shape[0], here, -1, *x.shape[2:]).swapaxes(0, 1), tasks)
-    first_rows_G = key.first_row + jnp.arange(here) * tasks_G.inputs_BT.shape[2]
+    rows = tasks_G.inputs_BT.shape[2]
+    # The same program for each group on any number of devices: a loop whose turns the compiler cannot count, over one
+    # group more than there are. A loop of a single turn, or over a single group, it would take apart.
+    turns = jax.lax.optimization_barrier(jnp.int32(here))
+    tasks_G = jax.tree.map(lambda x: jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1)), tasks_G)
 
     def of_group(index: jax.Array) -> LossAndGradient:
         tasks = jax.tree.map(lambda x: x[index], tasks_G)
-        return _rounded(config, _of_rows(config, params, tasks, key._replace(first_row=first_rows_G[index])))
+        key_of_group = key._replace(first_row=key.first_row + index * rows)
+        return _rounded(config, _of_rows(config, params, tasks, key_of_group))
 
-    def add_group(index: jax.Array, parts_G: LossAndGradient) -> LossAndGradient:
+    def store(index: jax.Array, parts_G: LossAndGradient) -> LossAndGradient:
         return jax.tree.map(lambda parts, part: parts.at[index].set(part), parts_G, of_group(index))
 
-    parts_G = jax.tree.map(lambda x: jnp.zeros((here, *x.shape), x.dtype), jax.eval_shape(of_group, 0))
-    # The compiler must not know how often the loop runs: it would compile a single turn, or few, in another way.
-    turns = jax.lax.optimization_barrier(jnp.int32(here))
-    parts_G = jax.lax.fori_loop(0, turns, add_group, parts_G)
+    empty_G = jax.tree.map(lambda x: jnp.zeros((here + 1, *x.shape), x.dtype), jax.eval_shape(of_group, 0))
+    parts_G = jax.tree.map(lambda x: x[:here], jax.lax.fori_loop(0, turns, store, empty_G))
     if replicas:
         parts_G = jax.lax.all_gather(parts_G, tuple(replicas), tiled=True)
     return jax.tree.map(lambda x: reduce(jnp.add, x), _float32(parts_G))
