@@ -1,5 +1,6 @@
 """The devices that a plan is made for: those of a TPU slice that is not there, virtual CPUs, or this machine's GPUs."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -63,13 +64,11 @@ def open_target(name: str, slices: int = 1) -> Target:
 
 
 def _tpus(slice_: Slice) -> Sequence[jax.Device]:
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology {slice_.name}: the TPU compiler is not installed; on Linux and x86: "
+            f"--topology {slice_.name}: the compiler for TPUs is not installed; on Linux, x86: "
             "pip install 'gpt1-jax[tpu]'"
-        ) from None
+        )
     os.environ.update(_LIBTPU)
     several = {"num_slices": slice_.count} if slice_.count > 1 else {}
     options = {**slice_.chip.options, **several}

@@ -13,7 +13,7 @@ KERNEL = "tpu_custom_call"
 # unit, and for each score the vector units exponentiate, mask and sum while the matrix units wait.
 SHARE_OF_PEAK = 0.3
 
-# Products of [T, D] by [D, T] or [T, T] by [T, D] in the kernels of JAX's splash attention, of 2 T T D FLOP a head each.
+# Products of [T, D] by [D, T] or [T, T] by [T, D] in the kernels of JAX's splash attention, of 2 T T D FLOP each head.
 # The gradients make the scores again.
 _ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4}
 

@@ -17,8 +17,8 @@ from gpt1_jax.planning.network import COLLECTIVES, link_seconds, slice_seconds
 from gpt1_jax.planning.topologies import Slice
 
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota domain "
-    "opt-barrier optimization-barrier add-dependency".split()
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id domain "
+    "opt-barrier optimization-barrier add-dependency send recv".split()
 )
 _FREE_CALLS = frozenset(
     {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "SliceId", "Sharding", "ZeroCrop"}
