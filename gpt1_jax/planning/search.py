@@ -22,7 +22,7 @@ _CLOSE = 0.03
 
 
 def largest_batch(step: Step, target: Target, progress: Progress) -> int | None:
-    """The largest ``train.batch_size`` that is known to fit with all other keys as they are, to within 3 %.
+    """The largest ``train.batch_size`` that is known to fit with all other keys as they are, to within about 3 %.
 
     None where no batch that was tried fits, or the memory of the devices is not known.
     """
@@ -34,6 +34,8 @@ def largest_batch(step: Step, target: Target, progress: Progress) -> int | None:
     for _ in range(_MOST):
         fitting = max((batch for batch in tried if tried[batch].fits(memory)), default=0)
         failing = min((batch for batch in tried if not tried[batch].fits(memory)), default=None)
+        if fitting and tried[fitting].peak_bytes >= (1 - _CLOSE) * memory:
+            break
         if failing is not None and failing - fitting <= max(unit, _CLOSE * fitting):
             break
         guess = _crossing(tried, memory) // unit * unit
@@ -46,13 +48,15 @@ def largest_batch(step: Step, target: Target, progress: Progress) -> int | None:
 
 def _crossing(tried: dict[int, Step], memory: int) -> int:
     """The batch at which a line through the two points nearest to the limit reaches it."""
-    near = sorted(tried, key=lambda batch: abs(tried[batch].peak_bytes - memory))[:2]
-    first = tried[near[0]]
-    if len(near) == 1:
-        slope = first.temporary_bytes / near[0]
+    batch, *others = sorted(tried, key=lambda batch: abs(tried[batch].peak_bytes - memory))
+    lacking = memory - tried[batch].peak_bytes
+    if others:
+        slope = (tried[batch].peak_bytes - tried[others[0]].peak_bytes) / (batch - others[0])
     else:
-        slope = (first.peak_bytes - tried[near[1]].peak_bytes) / (near[0] - near[1])
-    return near[0] + int((memory - first.peak_bytes) / max(slope, 1))
+        slope = tried[batch].temporary_bytes / batch
+    if slope <= 0:  # the compiler found other ways to save
+        return 2 * batch if lacking > 0 else batch // 2
+    return batch + int(lacking / slope)
 
 
 def cheapest_change(step: Step, target: Target, progress: Progress) -> tuple[tuple[str, ...], Step] | None:
