@@ -35,7 +35,7 @@ HLO = """HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-a
 
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[1000000]{0} parameter(0)
-  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"30000000"}
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"300000000"}
   %r = f32[1000000]{0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%fused
   ROOT %d = f32[8]{0} dynamic-slice(%r, %f), dynamic_slice_sizes={8}
 }
@@ -59,9 +59,9 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Step:
 def test_a_plan_by_hand(step: Step):
     found = describe(step, target())
     assert found.step_parts is not None
-    assert found.step_parts.compute == pytest.approx(0.02)  # 30 million cycles at 1.5 GHz
+    assert found.step_parts.compute == pytest.approx(0.2)  # 300 million cycles at 1.5 GHz
     assert found.step_parts.waits == pytest.approx({"memory": 0, "links": 2 * 3 / 4 * 4e6 / 1e11, "slices": 0})
-    seconds = 0.02 + 6e-5
+    seconds = 0.2 + 6e-5
     assert found.step_seconds == pytest.approx(seconds)
     tokens = 64 * 512
     # 12 layers of 4 x 768 x 768 + 2 x 768 x 3072 and the output of 40478 x 768, and 12 layers of scores of 512 tokens
@@ -102,7 +102,7 @@ def test_a_printed_plan_calls_estimates_estimates(step: Step, capsys: pytest.Cap
     assert len(out.splitlines()) <= 32
     for line in ("v5e:2x2: 4 chips (data 4)", "time of a step, an estimate", "it fits", "1 all-reduce", "MFU 0."):
         assert line in out
-    assert "20.00 ms  by the TPU compiler's own estimates" in out
+    assert "200.00 ms  by the TPU compiler's own estimates" in out
     assert "exchanges between chips in a step; times are estimates" in out
 
 
