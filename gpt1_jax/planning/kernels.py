@@ -33,9 +33,11 @@ def kernel_flops(kernel: Instruction, operands: Sequence[Instruction]) -> float 
     if named is None or len(queries_keys) < 2 or not masks:
         return None
     queries, keys = queries_keys
+    # The gradient of the keys may bring that of the queries with it, a part for each block of keys.
+    fused = named[1] == "dkv" and any(len(result) > len(queries) for _, result in shapes(kernel.type))
     blocks = masks[0][-1]
     computed = (blocks + 1) / (2 * blocks)
-    return _ATTENTION[named[1]] * 2.0 * math.prod(queries) * keys[-2] * computed
+    return (_ATTENTION[named[1]] + fused) * 2.0 * math.prod(queries) * keys[-2] * computed
 
 
 def moved_bytes(instruction: Instruction, operands: Sequence[Instruction]) -> int:
