@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import parse_config
@@ -23,11 +24,11 @@ class Compiler:
         self.rows = rows
         self.asked: list[str] = []
 
-    def mesh(self, config: Config, target: Target) -> jax.sharding.AbstractMesh:
+    def mesh(self, config: Config, target: Target) -> Mesh:
         fsdp = config.mesh.fsdp or 1
         if config.model.embed_dim % fsdp:
             raise UserError("not divided")
-        return jax.sharding.AbstractMesh((DEVICES // fsdp, fsdp, 1), ("data", "fsdp", "tensor"))
+        return Mesh(np.arange(DEVICES).reshape(DEVICES // fsdp, fsdp, 1), ("data", "fsdp", "tensor"))
 
     def step(self, config: Config, target: Target) -> Step:
         rows = config.train.batch_size / config.train.accumulation / DEVICES
@@ -40,6 +41,7 @@ class Compiler:
         return Step(config, mesh, 1, arguments, temporaries, 0, arguments + temporaries, 0, text)
 
 
+SMALLEST = ("model.remat=full", "train.accumulation=16")
 TARGET = Target("v5e:2x2", "tpu", (), None, MEMORY)
 
 
@@ -98,7 +100,7 @@ def test_where_memory_is_not_known_nothing_is_searched(compiler):
         (lambda rows: 100 * rows, [], ("train.accumulation=2",)),  # 16 rows: 800 of 800 with half of them
         (lambda rows: 200 * rows, [], ("train.accumulation=4",)),
         (lambda rows: 1000 + rows, [], ("model.remat=full",)),
-        (lambda rows: 3000 + 200 * rows, [], ("model.remat=full", "train.accumulation=16")),
+        (lambda rows: 3000 + 200 * rows, [], SMALLEST),
         # Half of the rows were expected to do, and do not; then as few as there can be.
         (lambda rows: 700 + 50 * rows, ["model.remat=full"], ("train.accumulation=16",)),
         (lambda rows: 3500 + rows, ["train.batch_size=4"], ("mesh.data=1", "mesh.fsdp=4", "model.remat=full")),
