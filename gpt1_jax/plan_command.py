@@ -98,6 +98,8 @@ def _print_collectives(plan: "Plan") -> None:
         between = ", between slices" if exchange.network == "slices" else ""
         count = f"{exchange.count:,} {exchange.kind}"
         _line(count, f"{_bytes(exchange.bytes)}{seconds}", place + between)
+    for what in plan.step_without:
+        print(f"  neither here nor below: {what}")
 
 
 def _print_time(plan: "Plan") -> None:
@@ -115,8 +117,6 @@ def _print_time(plan: "Plan") -> None:
         if way != "slices" or plan.slices > 1:
             _line("waits", _seconds(seconds), f"{waited[way]}, by bytes")
     _line("in all", _seconds(plan.step_seconds))
-    for what in plan.step_without:
-        print(f"  not counted: {what}")
     mfu = "not known" if plan.mfu is None else f"{plan.mfu:.3f}"
     print("\nthe run, an estimate, without evaluations and checkpoints")
     print(f"  {plan.tokens_per_second:,.0f} tokens/s, MFU {mfu}")

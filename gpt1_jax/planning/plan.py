@@ -71,7 +71,7 @@ class Plan:
         collectives: exchanges between chips.
         step_seconds: an estimate, the sum of ``step_parts``.
         step_parts: what they are spent on.
-        step_without: what is not in them, because the program does not show it.
+        step_without: what is not in them, nor in the exchanges, because the program does not show it.
         tokens_per_second: an estimate.
         mfu: model FLOPs over peak FLOPs; an estimate.
         hours: of all steps, without evaluations and checkpoints; an estimate.
@@ -167,7 +167,7 @@ def describe(step: Step, target: Target) -> Plan:
         collectives=cost.collectives if cost else None,
         step_seconds=seconds,
         step_parts=_parts(cost) if cost and seconds is not None else None,
-        step_without=tuple(sorted(cost.unknown)) if cost and seconds is not None else (),
+        step_without=tuple(sorted(cost.unknown)) if cost else (),
         tokens_per_second=None if seconds is None else tokens / seconds,
         mfu=None if seconds is None or peak is None else tokens * flops / seconds / (peak * chips),
         hours=hours,

@@ -106,6 +106,19 @@ def test_a_printed_plan_calls_estimates_estimates(step: Step, capsys: pytest.Cap
     assert "exchanges between chips in a step; times are estimates" in out
 
 
+def test_what_the_program_does_not_show_is_named(step: Step, capsys: pytest.CaptureFixture[str]):
+    loop = HLO.replace(
+        "  ROOT %d", "  %t = (s32[]) parameter(1)\n  %w.1 = (s32[]) while(%t), condition=%c, body=%b\n  ROOT %d"
+    )
+    loop += "\n%c (p: (s32[])) -> pred[] {\n  %p = (s32[]) parameter(0)\n  ROOT %q = pred[] custom-call(%p)\n}\n"
+    loop += "\n%b (r: (s32[])) -> (s32[]) {\n  ROOT %r.1 = (s32[]) parameter(0)\n}\n"
+    for where in (target(), target(None, None)):
+        found = describe(Step(**{**vars(step), "text": loop}), where)
+        assert found.step_without == ("all but one trip of the loop w.1",)
+        print_plan(found, searched=False)
+        assert "neither here nor below: all but one trip of the loop w.1" in capsys.readouterr().out
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change(step: Step, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     refused = Step(**{**vars(step), "text": None, "peak_bytes": 2000, "code_bytes": None, "donated_bytes": None})
     monkeypatch.setattr(planning, "resolve", lambda config, target: config)
