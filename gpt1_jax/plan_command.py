@@ -57,10 +57,10 @@ def plan(
 
 def print_plan(plan: "Plan", searched: bool) -> None:
     """Prints a plan on one screen."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "nothing split"
     several = f"{plan.slices} slices, " if plan.slices > 1 else ""
     flops = f"{plan.model_flops_per_token / 1e9:.3f} GFLOP a token"
-    print(f"{plan.topology}: {several}{plan.chips} chips ({mesh})")
+    print(f"{plan.topology}: {several}{plan.chips} {'chip' if plan.chips == 1 else 'chips'} ({mesh})")
     print(f"{plan.parameters:,} parameters, {plan.dtype}, {flops}")
     print(f"{plan.batch_size:,} sequences, {plan.tokens_per_step:,} tokens in an update")
     _print_memory(plan, searched)
