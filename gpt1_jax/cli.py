@@ -21,6 +21,7 @@ from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
 from gpt1_jax.data.storage import is_remote, storage_fault
 from gpt1_jax.data_commands import data_app
 from gpt1_jax.errors import GPT1Error, UserError
+from gpt1_jax.plan_command import plan
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.command(
+    epilog="Examples:\n\n  gpt1 plan configs/gpt1.yaml --topology v5e:4x4\n\n"
+    "  gpt1 plan configs/gpt1.yaml --topology v5p-128 --slices 2 train.batch_size=4096 --json"
+)(plan)
 
 ConfigFile = Annotated[
     epath.Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.", parser=epath.Path)

@@ -24,6 +24,7 @@ from gpt1_jax.config import (
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.evaluation.figures import Figures
 from gpt1_jax.model.transformer import num_parameters
+from gpt1_jax.planning.plan import Plan
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 
@@ -150,6 +151,10 @@ def test_the_architecture_names_every_module():
 
 def test_the_figures_are_those_that_evaluate_reports():
     assert [words(figure)[0] for figure, _ in rows("figure", "definition")] == list(Figures.__dataclass_fields__)
+
+
+def test_the_keys_of_a_plan_are_those_that_plan_reports():
+    assert [words(key)[0] for key, _ in rows("key of a plan", "meaning")] == list(Plan.__dataclass_fields__)
 
 
 def test_the_sizes_have_the_parameters_that_are_documented():
