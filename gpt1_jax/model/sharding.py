@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 # Mesh axes over which each logical axis is split; a logical axis that is not listed is replicated.
@@ -36,12 +36,12 @@ REPLICAS = ("slices", "data")
 Axes = Sequence[str | None]
 
 
-def axis_size(mesh: Mesh, logical: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Over how many devices a logical axis is split."""
     return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
 
 
-def sharding_of(mesh: Mesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
+def sharding_of(mesh: Mesh | AbstractMesh, axes: Axes, shape: Sequence[int] | None = None) -> NamedSharding:
     """The layout of an array with the given logical axes.
 
     A dimension of ``shape`` that its mesh axes do not divide (a vocabulary of 40478 on 4 devices) is replicated.
@@ -80,12 +80,12 @@ def split_axes(*logical: str) -> dict[str, int]:
     None of size 1, and none inside of a function that already runs once for each device along it.
     """
     names = [axis for name in logical for axis in RULES[name]]
-    return {name: size for name, size in _automatic_axes().items() if name in names and size > 1}
+    return {name: size for name, size in automatic_axes().items() if name in names and size > 1}
 
 
 def constrain(x: Array, axes: Axes) -> Array:
     """Has the compiler lay out ``x`` by its logical axes; None: whole along that dimension."""
-    sizes = _automatic_axes()
+    sizes = automatic_axes()
     return jax.lax.with_sharding_constraint(x, _spec(axes, sizes, x.shape)) if math.prod(sizes.values()) > 1 else x
 
 
@@ -110,7 +110,7 @@ def on_each_device(
     """
 
     def run(*arrays: Array | None) -> Array:
-        sizes = _automatic_axes() if logical is None else split_axes(*logical)
+        sizes = automatic_axes() if logical is None else split_axes(*logical)
         if not sizes:
             return f(*arrays)
         specs = tuple(
@@ -125,7 +125,7 @@ def on_each_device(
     return run
 
 
-def _automatic_axes() -> dict[str, int]:
+def automatic_axes() -> dict[str, int]:
     """The axes along which the compiler splits where this is called, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)

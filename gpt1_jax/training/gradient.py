@@ -19,7 +19,7 @@ from gpt1_jax.config import Config
 from gpt1_jax.model.cross_entropy import cross_entropy
 from gpt1_jax.model.dropout import DropoutKey
 from gpt1_jax.model.objective import Task, make_task
-from gpt1_jax.model.sharding import REPLICAS, split_axes
+from gpt1_jax.model.sharding import REPLICAS, automatic_axes
 from gpt1_jax.model.transformer import Params, bind
 
 LossAndGradient = tuple[jax.Array, Params]
@@ -42,7 +42,9 @@ def loss_and_gradient(
     """
     dropout_key, task_key = jax.random.split(key)
     tasks = _tasks(config, tokens_BT, task_key, separator_id)
-    sizes = {axis: size for axis, size in split_axes("batch").items() if axis in REPLICAS}
+    # In order, a single device too must run what one of several does.
+    smallest = 1 if config.train.deterministic_groups else 2
+    sizes = {axis: size for axis, size in automatic_axes().items() if axis in REPLICAS and size >= smallest}
     replicas = tuple(sizes)
 
     def on_replica(params: Params, tasks: Task, dropout_key: jax.Array) -> LossAndGradient:
