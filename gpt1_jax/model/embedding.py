@@ -43,5 +43,5 @@ class Embedding(nnx.Module):
             known_BTD = token_kernel[jnp.minimum(tokens_BT, self.mask_id - 1)]
             embedded_BTD = jnp.where(hidden_BT1, self.mask_kernel[...], known_BTD)
         if self.position_kernel is not None:
-            embedded_BTD += self.position_kernel[...][positions_BT]
+            embedded_BTD += gathered(self.position_kernel[...], ("position", "embed"))[positions_BT]
         return dropout(embedded_BTD.astype(self.dtype), self.dropout_rate, dropout_key)
