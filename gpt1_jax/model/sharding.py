@@ -68,7 +68,8 @@ def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 def also_split_over(sharding: NamedSharding, axis: str, shape: Sequence[int]) -> NamedSharding:
     """A layout whose largest whole dimension that a mesh axis divides is split over that axis; or as it is."""
     mesh, spec = sharding.mesh, list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
-    whole = [math.prod(mesh.shape[name] for name in names or ()) == 1 for names in spec]
+    named = [(names,) if isinstance(names, str) else names or () for names in spec]
+    whole = [math.prod(mesh.shape[name] for name in names) == 1 for names in named]
     free = [dim for dim, size in enumerate(shape) if whole[dim] and size % mesh.shape[axis] == 0]
     if free:
         spec[max(free, key=lambda dim: shape[dim])] = axis
