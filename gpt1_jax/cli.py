@@ -6,6 +6,7 @@ Results go to standard output; logs, progress and errors to standard error.
 import dataclasses
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -370,6 +371,8 @@ def _print_figures(figures: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Runs a command and exits with the code that scripts rely on."""
+    if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu, if installed, complains that there is no TPU
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax explains itself at length
     try:
         app()

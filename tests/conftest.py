@@ -1,5 +1,6 @@
 """What the tests share: the smallest model, and a corpus small enough to prepare in a second."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.data.corpus import Corpus
+
+# libtpu is installed, so that it can be compiled for; nothing is to ask for a TPU.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 @pytest.fixture(scope="session")

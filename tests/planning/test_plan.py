@@ -198,7 +198,7 @@ def test_virtual_cpus(tmp_path: Path):
     assert sum(gradients) >= 4 * found["parameters"]
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_the_papers_model_on_sixteen_chips(gpt1):
     """What is promised of the step: memory, donation of all of the state, no gathering in a data-parallel step."""
     pytest.importorskip("libtpu")
