@@ -8,6 +8,7 @@ Shapes: B batch, N heads, T position, S key position, H head size.
 
 import math
 from functools import partial
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def splash_attention(
     def attend(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, starts_BT: Array | None) -> Array:
         segments = None if starts_BT is None else splash.SegmentIds(starts_BT, starts_BT)
         scaled_BNTH = q_BNTH * jnp.asarray(1 / math.sqrt(q_BNTH.shape[-1]), q_BNTH.dtype)
-        return jax.vmap(kernel(*q_BNTH.shape[1:3]))(scaled_BNTH, k_BNTH, v_BNTH, segments)
+        o_BNTH = jax.vmap(kernel(*q_BNTH.shape[1:3]))(scaled_BNTH, k_BNTH, v_BNTH, segments)
+        return cast(Array, o_BNTH)
 
     # The compiler does not know how to split a kernel over devices.
     in_axes = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))
@@ -81,7 +83,7 @@ def cudnn_attention(
     seed: UInt32[Array, "3"] | None,
     dropout_rate: float,
     starts_BT: Int[Array, "B T"] | None = None,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B N T H"]:
     """CuDNN's flash attention for NVIDIA GPUs (jax.nn.dot_product_attention).
 

@@ -43,7 +43,7 @@ def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.
     found: dict[int, list[jax.Device]] = {}
     for device in devices:
         found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-    if config.slices in (None, len(found)):
+    if config.slices is None or config.slices == len(found):
         return [found[index] for index in sorted(found)]
     if len(found) > 1:
         raise UserError(

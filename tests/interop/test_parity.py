@@ -20,10 +20,11 @@ from gpt1_jax.generation.sampling import GREEDY
 from gpt1_jax.interop.huggingface import export_huggingface
 from gpt1_jax.interop.layout import public_tensors
 from gpt1_jax.model.transformer import bind
+from gpt1_jax.training.gradient import loss_and_gradient
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.run import Run
 from gpt1_jax.training.state import TrainState
-from gpt1_jax.training.step import language_model_loss, train_step
+from gpt1_jax.training.step import train_step
 
 # Beside the odd size of the fixture: heads of 8 in a short context, and more positions than attention has in a block.
 SIZES = {
@@ -131,9 +132,9 @@ def test_gradients(make_run, tmp_path, size):
     for seed in range(3):
         run = make_run(seed=seed, std=0.1, **SIZES[size])
         config = training(run)
-        gradient = gradient or jax.jit(jax.grad(partial(language_model_loss, config)))
+        gradient = gradient or jax.jit(partial(loss_and_gradient, config))
         tokens_BT = tokens_of(run, 4, run.config.model.context_length + 1, seed)
-        ours = by_name(gradient(run.params, tokens_BT, jax.random.key(0)))
+        ours = by_name(gradient(run.params, tokens_BT, jax.random.key(0))[1])
         model = in_torch(run, tmp_path / str(seed))
         their_loss(model, tokens_BT).backward()
         theirs = torch_by_name(model, lambda parameter: parameter.grad)
