@@ -308,7 +308,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 64  # sequences in one update
     context_length: PositiveInt | None = None  # tokens in a sequence; null: model.context_length
     accumulation: PositiveInt = 1  # micro-batches whose gradients are averaged into one update
-    # In which devices add up their gradients; auto: bfloat16 on TPUs and GPUs if model.dtype is that, else float32
+    # In which slices and data add up gradients; auto: bfloat16 on TPUs and GPUs if model.dtype is that, else float32
     gradient_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Add up gradients of so many groups of rows, in order: the same bits on any number of devices that divides it
     deterministic_groups: PositiveInt | None = None

@@ -213,12 +213,16 @@ def test_a_name_that_is_missing_is_asked_for(stage: Stage):
     assert done.returncode != 0 and "ZONE: set it to a zone" in done.stderr
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
-def test_slurm_requeues_what_was_interrupted_and_nothing_else(stage: Stage, code: int):
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (2, 0, False), (3, 0, False), (4, 0, False), (75, 99, True), (5, 19, True), (5, 20, False)],
+)
+def test_slurm_requeues_what_may_end_better(stage: Stage, code: int, restarts: int, again: bool):
     stage.environment |= {"SLURM_SUBMIT_DIR": str(stage.folder), "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "17"}
+    stage.environment |= {"SLURM_RESTART_COUNT": str(restarts)}
     stage.set("fates", str(code))
     assert stage.run("slurm.sbatch", *TRAIN).returncode == code
-    assert stage.calls("scontrol") == ([["requeue", "17"]] if code == 75 else [])
+    assert stage.calls("scontrol") == ([["requeue", "17"]] if again else [])
     (srun,) = stage.calls("srun")
     assert srun[srun.index(".venv/bin/gpt1") :] == [".venv/bin/gpt1", "train", *TRAIN]
     assert (stage.folder / "devices").read_text() == "0,1,2,3\n"

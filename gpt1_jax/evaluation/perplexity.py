@@ -74,7 +74,7 @@ class Evaluator:
     on the length of the stream. The function is compiled at the first call, once.
 
     Args:
-        config: the run, ``model.dtype`` resolved. ``evaluation.batch_size`` is rounded up to a multiple of the
+        config: the run, every ``auto`` resolved. ``evaluation.batch_size`` is rounded up to a multiple of the
             devices that a batch is split over.
         mesh: the devices.
         separator_id: the token that comes before the first document, and ends each. A model trained on packed windows

@@ -1,7 +1,7 @@
 """Causal attention by kernels that others wrote and tuned for one kind of device, each with its own gradient.
 
 They take what :func:`gpt1_jax.model.causal_attention.causal_attention` takes and equal it to rounding. Neither can
-drop attention probabilities: training/hardware.py takes them only where none are dropped.
+drop attention probabilities: training/choices.py takes them only where none are dropped.
 
 Shapes: B batch, N heads, T position, S key position, H head size.
 """

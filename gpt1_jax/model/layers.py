@@ -1,6 +1,6 @@
 """The layers that blocks are made of, with the paper's initialisation and logical axis names on every parameter.
 
-Every parameter carries the metadata ``axes``: one logical name for each of its dimensions. training/mesh.py maps
+Every parameter carries the metadata ``axes``: one logical name for each of its dimensions. sharding.py maps
 them to the axes of the device mesh.
 """
 

@@ -2,7 +2,7 @@
 
 Left to itself, the gradient of a bfloat16 product with a float32 result is a product of float32 cotangents, at a
 fraction of the speed. Here the cotangent is rounded to the compute dtype first, as every framework's mixed precision
-does, and the sum stays in float32, so a weight's gradient is never rounded.
+does, and the sum stays in float32, so no product rounds a weight's gradient.
 
 Shapes: B batch, T position, I inputs, O outputs.
 """

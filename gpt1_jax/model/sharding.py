@@ -30,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-# Over these every device has a whole copy of the model, and the step sums gradients itself (training/step.py).
+# Over these every device has a whole copy of the model, and the step sums gradients itself (training/gradient.py).
 REPLICAS = ("slices", "data")
 
 Axes = Sequence[str | None]

@@ -64,8 +64,8 @@ def mesh_of(config: Config, target: Target) -> Mesh:
 
 
 def batch_unit(config: Config, mesh: Mesh) -> int:
-    """The batch sizes that the devices and the accumulation divide are the multiples of this."""
-    return axis_size(mesh, "batch") * config.train.accumulation
+    """The batch sizes that devices, accumulation and groups of rows divide are the multiples of this."""
+    return math.lcm(axis_size(mesh, "batch"), config.train.deterministic_groups or 1) * config.train.accumulation
 
 
 def compile_step(config: Config, target: Target) -> Step:

@@ -90,7 +90,7 @@ def _gpus() -> Target:
     except RuntimeError as error:
         raise UserError(
             f"--topology gpu: JAX finds no GPU here ({str(error).splitlines()[0]}); the compiler for GPUs tries its "
-            "kernels out, so run this on the machine that has the GPU, after pip install 'jax[cuda12]'"
+            "kernels out, so run this on the machine that has the GPU, after pip install 'gpt1-jax[cuda]'"
         ) from None
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     return Target(f"gpu:{len(devices)}", "gpu", devices, None, memory)

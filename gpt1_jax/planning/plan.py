@@ -139,13 +139,14 @@ def describe(step: Step, target: Target) -> Plan:
     """What is known of one compiled step."""
     config = step.config
     chips = len(target.devices)
-    peak = config.logging.peak_flops or PEAK_FLOPS.get(target.devices[0].device_kind)
+    kind = target.slice.chip.device_kind if target.slice else target.devices[0].device_kind
+    peak = config.logging.peak_flops or PEAK_FLOPS.get(kind)
     program = parse_program(step.text) if step.text else None
     cost = None
     if program:
         coordinates = mesh_coordinates(step.mesh.devices) if target.slice else ()
         cost = step_cost(program, Device(chips, target.slice, coordinates, peak))
-    seconds = cost.seconds if cost and cost.costed else None
+    seconds = cost.seconds if cost and cost.costed and not cost.uncounted else None
     tokens = config.train.batch_size * config.context_length
     flops = flops_per_token(config.model, config.context_length)
     hours = None if seconds is None else seconds * config.train.steps / 3600

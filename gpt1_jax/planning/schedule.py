@@ -58,6 +58,7 @@ class Cost:
             estimates.
         costed: how many instructions have the compiler's estimate.
         unknown: what is not in the figures, because the program does not show it.
+        uncounted: how many loops have trips that the program does not show, so that the time is not known.
     """
 
     compute: float = 0.0
@@ -66,6 +67,7 @@ class Cost:
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     costed: int = 0
     unknown: set[str] = field(default_factory=set)
+    uncounted: int = 0
     _exchanges: dict[tuple[str, str, bool], tuple[int, int, float | None]] = field(default_factory=dict)
 
     @property
@@ -88,6 +90,7 @@ class Cost:
             self.waits[way] += times * seconds
         self.costed += other.costed
         self.unknown |= other.unknown
+        self.uncounted += other.uncounted
         for (kind, way, inside), (count, size, seconds) in other._exchanges.items():
             total = None if seconds is None else times * seconds
             self.exchange(kind, way, in_loop or inside, times * count, times * size, total)
@@ -199,6 +202,7 @@ class _Walk:
         trips = self._program.trips(loop, self._computation)
         if trips is None:
             self.cost.unknown.add(f"all but one trip of the loop {loop.name}")
+            self.cost.uncounted += 1
         self._take(_Walk(self._program, body, self._device).cost, 1 if trips is None else trips, True)
 
     def _take(self, cost: Cost, times: int, in_loop: bool) -> None:

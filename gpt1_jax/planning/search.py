@@ -62,10 +62,10 @@ def _crossing(tried: dict[int, Step], memory: int) -> int:
 def cheapest_change(step: Step, target: Target, progress: Progress) -> tuple[tuple[str, ...], Step] | None:
     """The first of :func:`changes` with which the compiler accepts the run, and the step; None if it accepts none."""
     for overrides in changes(step, target):
-        config = _with(step.config, *overrides)
         try:
+            config = _with(step.config, *overrides)
             mesh_of(config, target)
-        except UserError:  # the model does not divide over so many devices
+        except UserError:  # the model or the batch does not divide so
             continue
         progress(f"plan: does it fit with {' '.join(overrides)}?")
         changed = compile_step(config, target)
@@ -77,9 +77,9 @@ def cheapest_change(step: Step, target: Target, progress: Progress) -> tuple[tup
 def changes(step: Step, target: Target) -> Iterator[tuple[str, ...]]:
     """Keys that lessen memory and leave the update as it is, those that cost least time first.
 
-    An optimizer's state that is split costs next to nothing: what is summed is scattered and gathered again. Smaller
-    micro-batches cost a little, because their products are smaller; recomputation costs a third of the
-    arithmetic; parameters that are split have to be gathered in every layer.
+    An optimizer's state that is split has the new parameters gathered, once a step. Smaller micro-batches cost as
+    little, because their products are smaller; recomputation costs a third of the arithmetic; parameters that are split
+    have to be gathered in every layer.
     """
     config, sizes = step.config, step.mesh.shape
     rows = config.train.batch_size // axis_size(step.mesh, "batch")

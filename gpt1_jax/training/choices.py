@@ -70,7 +70,7 @@ def _dtype(platform: str) -> Choice:
 
 def _gradient_dtype(config: Config, platform: str) -> Choice:
     if platform != "cpu" and config.model.dtype == "bfloat16":
-        return Choice("train.gradient_dtype", "bfloat16", "half as much to send between devices as float32")
+        return Choice("train.gradient_dtype", "bfloat16", "half as much to send over slices and data as float32")
     reason = "which a CPU adds up as fast" if platform == "cpu" else f"as model.dtype={config.model.dtype}"
     return Choice("train.gradient_dtype", "float32", reason)
 

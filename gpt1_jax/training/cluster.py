@@ -51,8 +51,10 @@ def find_place(config: DistributedConfig) -> Place | None:
         with warnings.catch_warnings():
             # Of the missing package `kubernetes`: in a job it is an error, and to no other pod does it matter.
             warnings.filterwarnings("error", "Kubernetes environment detected")
+            given = os.environ.get("JAX_LOCAL_DEVICE_IDS")  # of which JAX reads only what nothing else has found
+            own = [int(number) for number in given.split(",")] if given else None
             coordinator, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, None, int(config.timeout)
+                None, None, None, own, None, int(config.timeout)
             )
     except Exception as error:  # of any type: those of an HTTP client, of Kubernetes, of parsing
         if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:

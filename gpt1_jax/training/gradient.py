@@ -54,7 +54,7 @@ def loss_and_gradient(
         if config.train.deterministic_groups:
             return _in_order(config, params, tasks, key, sizes)
         part = _of_rows(config, params, tasks, key)
-        return _float32(jax.lax.psum(_rounded(config, part), replicas)) if replicas else part
+        return _summed(_rounded(config, part), replicas) if replicas else part
 
     if not replicas:
         return on_replica(params, tasks, dropout_key)
@@ -131,6 +131,19 @@ def _in_order(
     if replicas:
         parts_G = jax.lax.all_gather(parts_G, tuple(replicas), tiled=True)
     return jax.tree.map(lambda x: reduce(jnp.add, x), _float32(parts_G))
+
+
+def _summed(part: LossAndGradient, replicas: tuple[str, ...]) -> LossAndGradient:
+    """The sum over devices, float32."""
+
+    def as_it_is(part: LossAndGradient) -> LossAndGradient:
+        return _float32(jax.lax.psum(part, replicas))
+
+    def in_float32(part: LossAndGradient) -> LossAndGradient:
+        return jax.lax.psum(_float32(part), replicas)
+
+    # XLA's CPU backend aborts on a sum over devices in bfloat16.
+    return jax.lax.platform_dependent(part, cpu=in_float32, default=as_it_is)
 
 
 def _rounded(config: Config, part: LossAndGradient) -> LossAndGradient:

@@ -131,7 +131,9 @@ def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except RuntimeError as error:
-        unreachable = StalledError(f"JAX's processes do not reach process 0 at {address}: {error}; open the port")
+        unreachable = StalledError(
+            f"JAX's processes do not reach process 0 at {address}: {error}; allow all ports between the hosts"
+        )
         line.leave(unreachable)
         raise unreachable from error
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from gpt1_jax.config import Config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches
-from gpt1_jax.errors import DivergedError, Interrupted, UserError
+from gpt1_jax.errors import DivergedError, Interrupted, StalledError, UserError
 from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.model.transformer import Params, num_parameters
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def train(
     """Trains a run to ``train.steps``, from its newest checkpoint if it has one; a finished run is left as it is.
 
     Args:
-        config: the run, ``model.dtype`` resolved.
+        config: the run, every ``auto`` resolved.
         corpus: prepared from this configuration.
         tokenizer: the one that the corpus was encoded with.
         mesh: the devices; checked against the configuration.
@@ -51,6 +51,7 @@ def train(
 
     Raises:
         UserError: if the run was made by another configuration, or from another corpus or tokenizer.
+        StalledError: if the hosts see different checkpoints.
         DivergedError: if the loss or the gradient is no longer finite.
         Interrupted: after SIGTERM or Ctrl-C on any host, once a checkpoint is written.
     """
@@ -58,14 +59,15 @@ def train(
     check_run(config, allow_changes)
     hosts = hosts or Hosts()
     with Interruption(hosts) as interruption, Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
-        begin = checkpoints.latest() or 0
+        newest = _newest(checkpoints, hosts)
+        begin = newest or 0
         if begin >= config.train.steps:
             return
         hosts.first(lambda: write_config(config))
 
         # ---- model and optimizer
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        if checkpoints.latest() is None:
+        if newest is None:
             state, examples = init_state(config, optimizer, mesh), 0
         else:
             files = checkpoints.read_files(begin)
@@ -124,6 +126,17 @@ def train(
             f"{interruption.requested}: stopped after step {step}; its checkpoint is {checkpoints.path(step)}; "
             "run the same command again to go on"
         )
+
+
+def _newest(checkpoints: Checkpoints, hosts: Hosts) -> int | None:
+    """The step of the newest checkpoint; each host looks by itself, and shared storage may show it to some alone."""
+    newest = hosts.gather(checkpoints.latest())
+    if len(set(newest)) > 1:
+        raise StalledError(
+            f"{checkpoints.directory}: the hosts do not see the same newest checkpoint (steps {newest}, by host); run "
+            "the same command again when their storage shows it to all"
+        )
+    return newest[0]
 
 
 def _restored(

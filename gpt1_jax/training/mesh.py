@@ -42,14 +42,16 @@ def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.
     """The devices of each slice."""
     found: dict[int, list[jax.Device]] = {}
     for device in devices:
-        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        # To XLA each host of GPUs is a slice. That is a good guess, but only of TPUs is it all that there can be.
+        told = device.platform == "tpu" or config.slices is None
+        found.setdefault(getattr(device, "slice_index", 0) if told else 0, []).append(device)
     if config.slices is None or config.slices == len(found):
         return [found[index] for index in sorted(found)]
     if len(found) > 1:
         raise UserError(
             f"mesh.slices={config.slices}: the devices are of {len(found)} slices; set it to {len(found)} or to null"
         )
-    # Devices that do not know of slices (GPUs, CPUs) stand in the order of the hosts that hold them.
+    # Other devices stand in the order of the hosts that hold them.
     if len(devices) % config.slices:
         raise UserError(f"mesh.slices={config.slices} does not divide the number of devices, {len(devices)}")
     size = len(devices) // config.slices

@@ -36,8 +36,10 @@ _FREE_KEYS = (
     "data.engine",
     "data.beam_options",
     "model.attention",
+    "model.loss_chunk",
     "model.scan_layers",
     "model.remat",
+    "train.gradient_dtype",
     "train.log_every",
     "train.compilation_cache",
     "mesh.",
@@ -51,7 +53,6 @@ _FREE_KEYS_OF_IMPORTED = (
     "model.dropout",
     "model.attention_dropout",
     "model.dtype",
-    "model.loss_chunk",
 )
 
 

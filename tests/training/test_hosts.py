@@ -66,6 +66,8 @@ def test_slurm_gives_the_place_and_the_names(bare):
         bare.setenv(name, value)
     names = dict(enumerate(["gpu001", "gpu002", "gpu003", "gpu7", "login"]))
     assert find_place(DistributedConfig()) == Place("gpu001:61441", 5, 3, (0,), names)
+    bare.setenv("JAX_LOCAL_DEVICE_IDS", "0,1,2,3")  # one process drives all of a node's
+    assert find_place(DistributedConfig()) == Place("gpu001:61441", 5, 3, (0, 1, 2, 3), names)
     assert find_place(DistributedConfig(processes=1)) is None
     bare.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell in the allocation
     assert find_place(DistributedConfig()) is None

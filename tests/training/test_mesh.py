@@ -46,9 +46,19 @@ def test_slices_are_those_that_devices_tell_of():
     mesh = make_mesh(MeshConfig(fsdp=2), devices)
     assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
     assert [{device.slice_index for device in group.flat} for group in mesh.devices] == [{0}, {1}]
-    for slices in (1, 3):
-        with pytest.raises(UserError, match=f"mesh.slices={slices}: the devices are of 2 slices"):
-            make_mesh(MeshConfig(slices=slices), devices)
+
+
+def test_hosts_of_gpus_are_slices_only_by_default():
+    devices = [FakeDevice(i, slice_index=i // 4, platform="gpu") for i in range(8)]
+    assert make_mesh(MeshConfig(), devices).shape["slices"] == 2
+    assert make_mesh(MeshConfig(slices=1, fsdp=8), devices).shape["fsdp"] == 8
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_slices_of_tpus_are_what_they_are(slices):
+    devices = [FakeDevice(i, slice_index=i % 2, platform="tpu") for i in range(8)]
+    with pytest.raises(UserError, match=f"mesh.slices={slices}: the devices are of 2 slices"):
+        make_mesh(MeshConfig(slices=slices), devices)
 
 
 def test_devices_that_tell_nothing_are_sliced_in_their_order():
