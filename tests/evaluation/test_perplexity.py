@@ -197,8 +197,9 @@ from gpt1_jax.config import MeshConfig
 from gpt1_jax.evaluation.perplexity import Evaluator
 from gpt1_jax.generation.decode import generate
 from gpt1_jax.generation.sampling import Sampling
+from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import init_params, parameter_axes
-from gpt1_jax.training.mesh import make_mesh, tree_shardings
+from gpt1_jax.training.mesh import make_mesh
 from test_perplexity import MODEL, SEPARATOR, config, stream
 
 prompts = [stream(5).tokens, stream(2).tokens, stream(8).tokens]

@@ -24,6 +24,7 @@ from gpt1_jax.interop.layout import PREFIX, public_tensors
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.training import loop
 from gpt1_jax.training.checkpoint import Checkpoints
+from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.run import check_run, open_run
 
@@ -85,7 +86,7 @@ def test_what_was_exported_comes_back_bit_by_bit(run, tmp_path, max_bytes):
     assert (found.step, found.examples, found.corpus) == (0, 0, None)
     assert found.tokenizer.to_bytes() == run.tokenizer.to_bytes()
     assert found.config == config == load_config(tmp_path / "runs" / "again" / "config.yaml")
-    assert config.model == run.config.model
+    assert config.model == resolve(run.config)[0].model
     assert config.train.context_length == run.config.train.context_length
     assert (config.seed, config.name, config.run_dir) == (3, "again", tmp_path / "runs" / "again")
     assert Path(config.data.tokenizer.file).read_bytes() == run.tokenizer.to_bytes()
