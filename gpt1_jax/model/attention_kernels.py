@@ -7,7 +7,6 @@ Shapes: B batch, N heads, T position, S key position, H head size.
 """
 
 import math
-from functools import partial
 from typing import Literal, cast
 
 import jax
@@ -21,7 +20,9 @@ from gpt1_jax.model.sharding import on_each_device
 
 _LANES = 128  # the splash kernel's blocks of queries and keys are multiples of it
 _LARGEST_BLOCK = 512
+# Each device runs a kernel on its own rows and heads: the compiler does not know how to split one.
 _HEADS_AXES = ("batch", "heads", None, None)
+_OPERAND_AXES = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))  # queries, keys, values, starts
 
 
 def splash_attention(
@@ -48,21 +49,18 @@ def splash_attention(
         The attended values in the dtype of the queries; scores, softmax and sums are float32.
     """
     assert seed is None or dropout_rate == 0, "the kernel has no dropout"
-    kernel = partial(_splash_kernel, interpret)
 
     def attend(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, starts_BT: Array | None) -> Array:
         segments = None if starts_BT is None else splash.SegmentIds(starts_BT, starts_BT)
         scaled_BNTH = q_BNTH * jnp.asarray(1 / math.sqrt(q_BNTH.shape[-1]), q_BNTH.dtype)
-        o_BNTH = jax.vmap(kernel(*q_BNTH.shape[1:3]))(scaled_BNTH, k_BNTH, v_BNTH, segments)
-        return cast(Array, o_BNTH)
+        _, heads, length, _ = q_BNTH.shape
+        kernel = _splash_kernel(heads, length, interpret)
+        return cast(Array, jax.vmap(kernel)(scaled_BNTH, k_BNTH, v_BNTH, segments))
 
-    # The compiler does not know how to split a kernel over devices.
-    in_axes = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))
-    mapped = on_each_device(attend, in_axes, _HEADS_AXES)
-    return mapped(q_BNTH, k_BNTH, v_BNTH, starts_BT)
+    return on_each_device(attend, (q_BNTH, k_BNTH, v_BNTH, starts_BT), _OPERAND_AXES, _HEADS_AXES)
 
 
-def _splash_kernel(interpret: bool, heads: int, length: int) -> splash.SplashAttentionKernel:
+def _splash_kernel(heads: int, length: int, interpret: bool) -> splash.SplashAttentionKernel:
     block = next(size for size in range(_LARGEST_BLOCK, 0, -_LANES) if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -109,9 +107,7 @@ def cudnn_attention(
         )
         return o_BTNH.swapaxes(1, 2)
 
-    in_axes = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))
-    mapped = on_each_device(attend, in_axes, _HEADS_AXES)
-    return mapped(q_BNTH, k_BNTH, v_BNTH, starts_BT)
+    return on_each_device(attend, (q_BNTH, k_BNTH, v_BNTH, starts_BT), _OPERAND_AXES, _HEADS_AXES)
 
 
 def splash_refuses(length: int) -> str | None:

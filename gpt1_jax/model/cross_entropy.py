@@ -60,8 +60,8 @@ def cross_entropy(
 
     # Each device cuts its own positions into chunks, and the table's gradient is summed over devices once, at the end.
     rows = ("batch", "sequence")
-    mapped = on_each_device(part, ((*rows, None), (None, None), rows, rows), rows, logical=rows)
-    return mapped(x_BTD, table_VD, targets_BT, weights_BT).sum()
+    in_axes = ((*rows, None), (None, None), rows, rows)
+    return on_each_device(part, (x_BTD, table_VD, targets_BT, weights_BT), in_axes, rows, logical=rows).sum()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

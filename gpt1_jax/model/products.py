@@ -41,7 +41,7 @@ def affine(
         return product("BTI,IO->BTO", x_BTI, kernel.reshape(x_BTI.shape[2], -1)).reshape(*x.shape[:2], *bias.shape)
 
     def direct(x: Array, kernel: Array) -> Array:
-        inputs, outputs = _letters(x, bias)
+        inputs, outputs = _letters(x.ndim - 2, bias.ndim)
         return product(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, kernel)
 
     return (_by_platform(joined, direct, x, kernel) + bias).astype(x.dtype)
@@ -60,7 +60,7 @@ def _affine_backward(axes: tuple[str, ...], operands: tuple[Array, Array], g: Ar
         return product("BTO,IO->BTI", g_BTO, kernel.reshape(-1, g_BTO.shape[2])).reshape(x.shape)
 
     def direct(g: Array, kernel: Array) -> Array:
-        inputs, outputs = _letters(x, g[0, 0])
+        inputs, outputs = _letters(x.ndim - 2, g.ndim - 2)
         return product(f"BT{outputs},{inputs}{outputs}->BT{inputs}", g, kernel)
 
     dx = _by_platform(joined, direct, g, kernel).astype(x.dtype)
@@ -82,7 +82,7 @@ def sum_of_outer_products(x: Float[Array, "B T *I"], y: Float[Array, "B T *O"]) 
         return product("IM,MO->IO", x_IM, y_MO).reshape(*x.shape[2:], *y.shape[2:])
 
     def direct(x: Array, y: Array) -> Array:
-        inputs, outputs = _letters(x, y[0, 0])
+        inputs, outputs = _letters(x.ndim - 2, y.ndim - 2)
         return product(f"BT{inputs},BT{outputs}->{inputs}{outputs}", x, y)
 
     return _by_platform(joined, direct, x, y)
@@ -113,6 +113,6 @@ def _join(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _letters(x: Array, output: Array) -> tuple[str, str]:
-    """Einsum letters of an affine map's inputs and outputs."""
-    return "IJ"[: x.ndim - 2], "OP"[: output.ndim]
+def _letters(inputs: int, outputs: int) -> tuple[str, str]:
+    """Einsum letters of the dimensions of an affine map's inputs and outputs."""
+    return "IJ"[:inputs], "OP"[:outputs]

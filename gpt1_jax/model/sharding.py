@@ -99,32 +99,30 @@ def gathered(kernel: Array, axes: Axes) -> Array:
 
 
 def on_each_device(
-    f: Callable[..., Array], in_axes: Sequence[Axes], out_axes: Axes, logical: Sequence[str] | None = None
-) -> Any:
-    """``f`` of each device's own part, for what the compiler cannot split, or splits badly.
+    f: Callable[..., Array],
+    arrays: Sequence[Array | None],
+    in_axes: Sequence[Axes],
+    out_axes: Axes,
+    logical: Sequence[str] | None = None,
+) -> Array:
+    """``f(*arrays)`` of each device's own parts, for what the compiler cannot split, or splits badly.
 
     Args:
-        f: a function of arrays; an argument may be None.
-        in_axes: logical axes of each argument.
+        f: a function of arrays.
+        arrays: its arguments.
+        in_axes: logical axes of each of them.
         out_axes: logical axes of the result.
         logical: the axes along which it runs on parts, all others being left to the compiler; None: all there are, so
             that nothing is left to it, as in a kernel nothing may be.
     """
-
-    def run(*arrays: Array | None) -> Array:
-        sizes = automatic_axes() if logical is None else split_axes(*logical)
-        if not sizes:
-            return f(*arrays)
-        specs = tuple(
-            None if array is None else _spec(axes, sizes, array.shape)
-            for axes, array in zip(in_axes, arrays, strict=True)
-        )
-        mapped = jax.shard_map(
-            f, in_specs=specs, out_specs=_spec(out_axes, sizes), axis_names=set(sizes), check_vma=False
-        )
-        return mapped(*arrays)
-
-    return run
+    sizes = automatic_axes() if logical is None else split_axes(*logical)
+    if not sizes:
+        return f(*arrays)
+    specs = tuple(
+        None if array is None else _spec(axes, sizes, array.shape) for axes, array in zip(in_axes, arrays, strict=True)
+    )
+    mapped = jax.shard_map(f, in_specs=specs, out_specs=_spec(out_axes, sizes), axis_names=set(sizes), check_vma=False)
+    return mapped(*arrays)
 
 
 def automatic_axes() -> dict[str, int]:

@@ -1,11 +1,12 @@
 """What ``auto`` means on a platform: the fastest of the ways to compute the same."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from gpt1_jax.config import Config, Section
+from gpt1_jax.config import Config
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.attention_kernels import cudnn_refuses, splash_refuses
 from gpt1_jax.training.hardware import cpu_multiplies_bfloat16
@@ -41,79 +42,79 @@ def resolve(config: Config, platform: str | None = None) -> tuple[Config, list[C
     """
     platform = platform or jax.default_backend()
     choices = []
-    if config.model.dtype == "auto":
-        choices.append(_dtype(platform))
-        config = _with(config, choices[-1])
-    refusals = _refusals(config, platform)
-    asked = config.model.attention
-    if asked == "auto":
-        choices.append(_attention(platform, refusals))
-        config = _with(config, choices[-1])
-    elif asked in refusals:
-        raise UserError(f"model.attention={asked}: {refusals[asked]}; set model.attention=auto or xla")
-    if config.model.loss_chunk == "auto":
-        choices.append(_loss_chunk(platform))
-        config = _with(config, choices[-1])
-    if config.train.gradient_dtype == "auto":
-        choices.append(_gradient_dtype(config, platform))
-        config = _with(config, choices[-1])
+    for key, choose in _AUTO.items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) == "auto":
+            value, reason = choose(config, platform)
+            choices.append(Choice(key, value, reason))
+            changed: dict[str, Any] = {section: getattr(config, section).model_copy(update={name: value})}
+            config = config.model_copy(update=changed)
+    kernel = config.model.attention
+    refused = _refusal(config, platform, kernel)
+    if refused:
+        raise UserError(f"model.attention={kernel}: {refused}; set model.attention=auto or xla")
     return config, choices
 
 
-def _dtype(platform: str) -> Choice:
+def _dtype(config: Config, platform: str) -> tuple[str, str]:
     if platform != "cpu":
-        return Choice("model.dtype", "bfloat16", f"which a {platform.upper()} multiplies fastest")
+        return "bfloat16", f"which a {platform.upper()} multiplies fastest"
     if cpu_multiplies_bfloat16():
-        return Choice("model.dtype", "bfloat16", "for which this CPU has matrix units")
-    return Choice("model.dtype", "float32", "since this CPU has no matrix units for bfloat16")
+        return "bfloat16", "for which this CPU has matrix units"
+    return "float32", "since this CPU has no matrix units for bfloat16"
 
 
-def _gradient_dtype(config: Config, platform: str) -> Choice:
-    if platform != "cpu" and config.model.dtype == "bfloat16":
-        return Choice("train.gradient_dtype", "bfloat16", "half as much to send over slices and data as float32")
-    reason = "which a CPU adds up as fast" if platform == "cpu" else f"as model.dtype={config.model.dtype}"
-    return Choice("train.gradient_dtype", "float32", reason)
-
-
-def _loss_chunk(platform: str) -> Choice:
-    if platform == "cpu":
-        return Choice("model.loss_chunk", 128, "whose logits a CPU's caches hold in part")
-    return Choice("model.loss_chunk", 512, "so that the sum of the table's gradient is seldom read and written")
-
-
-_KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # the fastest of each platform
-
-
-def _attention(platform: str, refusals: dict[str, str]) -> Choice:
-    kernel = _KERNELS.get(platform)
+def _attention(config: Config, platform: str) -> tuple[str, str]:
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if kernel is None:
-        return Choice("model.attention", "xla", "which is fastest on a CPU")
-    if kernel in refusals:
-        return Choice("model.attention", "xla", f"since {kernel} cannot do this: {refusals[kernel]}")
-    return Choice("model.attention", kernel, f"which is fastest on a {platform.upper()}")
+        return "xla", "which is fastest on a CPU"
+    refused = _refusal(config, platform, kernel)
+    if refused:
+        return "xla", f"since {kernel} cannot do this: {refused}"
+    return kernel, f"which is fastest on a {platform.upper()}"
 
 
-def _refusals(config: Config, platform: str) -> dict[str, str]:
-    """Why each kernel that cannot be taken cannot."""
+def _loss_chunk(config: Config, platform: str) -> tuple[int, str]:
+    if platform == "cpu":
+        return 128, "whose logits a CPU's caches hold in part"
+    return 512, "so that the sum of the table's gradient is seldom read and written"
+
+
+def _gradient_dtype(config: Config, platform: str) -> tuple[str, str]:
+    if platform == "cpu":
+        return "float32", "which a CPU adds up as fast"
+    if config.model.dtype == "bfloat16":
+        return "bfloat16", "half as much to send over slices and data as float32"
+    return "float32", f"as model.dtype={config.model.dtype}"
+
+
+# In this order: a later choice depends on the values of earlier ones.
+_AUTO: dict[str, Callable[[Config, str], tuple[str | int, str]]] = {
+    "model.dtype": _dtype,
+    "model.attention": _attention,
+    "model.loss_chunk": _loss_chunk,
+    "train.gradient_dtype": _gradient_dtype,
+}
+
+
+def _refusal(config: Config, platform: str, kernel: str) -> str | None:
+    """Why a form of attention cannot be taken; None if it can."""
     model = config.model
-    found = {
-        "splash": "it runs on TPUs" if platform != "tpu" else splash_refuses(config.context_length),
-        "cudnn": "it runs on NVIDIA GPUs" if platform != "gpu" else cudnn_refuses(model.head_dim, model.dtype),
-    }
-    for kernel, reason in found.items():
-        if model.attention_dropout:
-            dropped = f"model.attention_dropout={model.attention_dropout}"
-            reason = reason or f"it cannot drop attention probabilities ({dropped}; 0 allows it, and is another model)"
-        elif model.objective != "causal":
-            reason = reason or f"model.objective={model.objective} is not causal"
-        elif config.mesh.sequence != 1:
-            reason = reason or f"mesh.sequence={config.mesh.sequence} splits the queries of a sequence"
-        found[kernel] = reason
-    return {kernel: reason for kernel, reason in found.items() if reason}
-
-
-def _with(config: Config, choice: Choice) -> Config:
-    section, key = choice.key.split(".")
-    part: Section = getattr(config, section)
-    changed: dict[str, Any] = {section: part.model_copy(update={key: choice.value})}
-    return config.model_copy(update=changed)
+    refused = None
+    match kernel:
+        case "xla":
+            return None
+        case "splash":
+            refused = "it runs on TPUs" if platform != "tpu" else splash_refuses(config.context_length)
+        case "cudnn":
+            refused = "it runs on NVIDIA GPUs" if platform != "gpu" else cudnn_refuses(model.head_dim, model.dtype)
+    if refused:
+        return refused
+    if model.attention_dropout:
+        dropped = f"model.attention_dropout={model.attention_dropout}"
+        return f"it cannot drop attention probabilities ({dropped}; 0 allows it, and is another model)"
+    if model.objective != "causal":
+        return f"model.objective={model.objective} is not causal"
+    if config.mesh.sequence != 1:
+        return f"mesh.sequence={config.mesh.sequence} splits the queries of a sequence"
+    return None

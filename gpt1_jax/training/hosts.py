@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
@@ -34,8 +34,6 @@ _RETRY_SECONDS = 0.3  # between two attempts to reach it
 _GRACE_SECONDS = 3.0  # for this process to end by itself when the run is over, before it is ended
 _SETTLE_SECONDS = 2.0  # for the news that a host has gone to overtake the errors that it causes here
 _SHUTDOWN_SECONDS = 10  # that JAX waits at the end for the others, who are there, or have gone
-# Keys that may be another on each host; with any other one, the hosts would wait for each other in different places.
-_OF_A_HOST = ("distributed.", "logging.", "data.workers", "data.prefetch", "data.readers", "data.verify")
 
 
 class Hosts:
@@ -325,15 +323,6 @@ def _results_alone_on_stdout() -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What must be the same on all hosts."""
+    """What must be the same on all hosts, but for the keys that are of a host."""
     versions = {name: importlib.metadata.version(name) for name in ("gpt1-jax", "jax", "jaxlib")}
-    keys = dict(_flat(config.model_dump(mode="json")))
-    return versions | {key: value for key, value in keys.items() if not key.startswith(_OF_A_HOST)}
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else name)
-    else:
-        yield key, value
+    return versions | config.model_dump(mode="json")
