@@ -10,20 +10,27 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-import pydantic
 import yaml
 from etils import epath
-from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+from gpt1_jax.section import Fraction, PositiveFloat, Section
+from gpt1_jax.source_config import PythonDocs, Source, weight_at
+from gpt1_jax.task_config import AnyTask, LearnableTask
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Section(pydantic.BaseModel):
-    """Base of every section: frozen, strict, finite numbers only, unknown keys refused."""
+class LoraConfig(Section):
+    """Low-rank updates beside frozen matrices (Hu et al. 2021, "LoRA"): x W + (alpha / rank) x A B."""
 
-    model_config = pydantic.ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    # Which matrices of every layer; LoRA's own choice
+    targets: Annotated[
+        tuple[Literal["query", "key", "value", "out", "mlp_in", "mlp_out", "mlp_gate"], ...], Field(min_length=1)
+    ] = ("query", "value")
 
 
 class ModelConfig(Section):
@@ -57,6 +64,9 @@ class ModelConfig(Section):
     scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
     loss_chunk: PositiveInt | Literal["auto"] = "auto"  # positions of each sequence whose logits exist at once
+    num_classes: PositiveInt | None = None  # outputs of the classifier that fine-tuning adds; null: there is none
+    classifier_dropout: Fraction = 0.1  # on the state that the classifier reads
+    lora: LoraConfig | None = None  # null: none
 
     @property
     def head_dim(self) -> int:
@@ -104,101 +114,6 @@ class ModelConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _step(key: Any) -> Any:
-    """A step as the key of a mapping, which in JSON is a word; one spelling only, so that no two are the same step."""
-    if isinstance(key, str):
-        if not re.fullmatch(r"0|[1-9]\d*", key):
-            raise PydanticCustomError("step", "the keys of a schedule are steps, whole numbers from 0")
-        return int(key)
-    return key
-
-
-# How many times as often a source is drawn as its size alone would make it; or from each of some steps on. It acts when
-# batches are drawn, so it never changes the prepared files.
-_Step = Annotated[NonNegativeInt, BeforeValidator(_step)]
-_Schedule = dict[_Step, Annotated[float, Field(ge=0)]]
-Weight = Annotated[
-    Annotated[PositiveFloat, Tag("a number")] | Annotated[_Schedule, Tag("a schedule")],
-    Discriminator(lambda value: "a schedule" if isinstance(value, dict) else "a number"),
-]
-
-
-def weight_at(weight: float | Mapping[int, float], step: int) -> float:
-    """A weight, or what its schedule says at a step."""
-    if not isinstance(weight, Mapping):
-        return weight
-    return weight[max(begin for begin in weight if begin <= step)]
-
-
-class Quality(Section):
-    """Which documents of a source are good enough, each rule off unless asked for (docs/data.md, Quality)."""
-
-    languages: tuple[str, ...] = ()  # ISO 639-1 codes, e.g. en; empty: any language
-    min_language_probability: Annotated[float, Field(gt=0, le=1)] = 0.65  # that it is in one of them
-    symbols: bool = False  # the rules of Gopher's authors on words, symbols and lines; for English web pages
-    repetition: bool = False  # their rules on repeated lines, paragraphs and n-grams
-    gutenberg: bool = False  # cut off the licence around the books of Project Gutenberg
-
-
-class PythonDocs(Section):
-    """Documentation strings of the standard library and of the project's run-time dependencies; needs no network."""
-
-    kind: Literal["python_docs"]
-    quality: Quality = Quality()
-    weight: Weight = 1.0
-
-
-class Stories(Section):
-    """Small tales drawn from a grammar whose entropy is known exactly; needs no network (docs/data.md)."""
-
-    kind: Literal["stories"]
-    documents: PositiveInt = 100_000
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    quality: Quality = Quality()
-    weight: Weight = 1.0
-
-
-class Files(Section):
-    """Files matched by globs: .txt .md .jsonl .parquet, plain or .gz .zst .xz, local or remote through fsspec."""
-
-    kind: Literal["files"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    text_field: str = "text"  # column or key that holds the text in .jsonl and .parquet
-    identity_field: str | None = None  # that names a document there, e.g. url; null: its file and line
-    quality: Quality = Quality()
-    weight: Weight = 1.0
-
-
-class Tfds(Section):
-    """A split of a TensorFlow Datasets dataset, read through ``as_data_source`` without TensorFlow."""
-
-    kind: Literal["tfds"]
-    dataset: str  # e.g. "wikipedia/20230601.en", or a folder that holds a built dataset
-    split: str = "train"
-    text_field: str = "text"
-    identity_field: str | None = None  # that names a document, e.g. title; null: its number
-    data_dir: str | None = None
-    quality: Quality = Quality()
-    weight: Weight = 1.0
-
-
-class HuggingFace(Section):
-    """A split of a dataset read with the ``datasets`` library (extra: huggingface)."""
-
-    kind: Literal["huggingface"]
-    dataset: str  # a hub name, or a builder such as "json"
-    subset: str | None = None
-    files: tuple[str, ...] = ()  # data files, for a builder such as "json"
-    split: str = "train"
-    text_field: str = "text"
-    identity_field: str | None = None  # that names a document, e.g. url; null: its number
-    quality: Quality = Quality()
-    weight: Weight = 1.0
-
-
-Source = Annotated[PythonDocs | Stories | Files | Tfds | HuggingFace, Field(discriminator="kind")]
 
 
 class NearDuplicates(Section):
@@ -330,19 +245,36 @@ class TrainConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_square_root"]
+
+
+class UpdateRule(Section):
     """Adam with decoupled weight decay (paper, section 4.1; betas, epsilon and clipping from the authors' code)."""
 
     rule: Literal["adamw", "authors", "lion", "adafactor", "muon"] = "adamw"  # authors: Adam as their code has it
-    learning_rate: PositiveFloat = 2.5e-4  # the peak
-    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_square_root"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then the schedule, to train.steps
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the run, at its end: warmup_stable_decay's descent
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01  # on matrices and embeddings, not on biases and gains
     clip_norm: PositiveFloat = 1.0  # a gradient of a larger global norm is scaled down to it
+
+
+class OptimizerConfig(UpdateRule):
+    """The rule and its rate in pre-training (paper, section 4.1)."""
+
+    learning_rate: PositiveFloat = 2.5e-4  # the peak
+    schedule: Schedule = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000  # linear from 0, then the schedule, to train.steps
+
+
+class FinetuneOptimizerConfig(UpdateRule):
+    """The rule and its rate in fine-tuning (paper, section 4.1, Fine-tuning details)."""
+
+    learning_rate: PositiveFloat = 6.25e-5  # the peak
+    schedule: Schedule = "linear"
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.002  # of the updates
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # each layer's rate is so many times that of the next one up
 
 
 class MeshConfig(Section):
@@ -424,12 +356,83 @@ class DistributedConfig(Section):
         return self
 
 
+class FinetuneModelConfig(Section):
+    """What fine-tuning changes of a model, and how it is computed; the keys are those of :class:`ModelConfig`."""
+
+    dropout: Fraction = 0.1
+    attention_dropout: Fraction = 0.1
+    classifier_dropout: Fraction = 0.1
+    lora: LoraConfig | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    scan_layers: bool = False
+    remat: Literal["none", "full"] = "none"
+
+
+class FinetuneTrainConfig(Section):
+    """Length, batch and loss of fine-tuning (paper, section 4.1; the weight of the auxiliary loss is its lambda)."""
+
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = 32  # examples in one update
+    accumulation: PositiveInt = 1  # micro-batches whose gradients are averaged into one update
+    auxiliary: Annotated[float, Field(ge=0)] = 0.5  # weight of the language-model loss beside that of a classifier
+    frozen_layers: NonNegativeInt = 0  # the lowest so many, and the embeddings, are not trained
+    from_scratch: bool = False  # begin with drawn weights in the place of the base's, to see what its training is worth
+    log_every: PositiveInt = 10  # updates
+    gradient_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compilation_cache: str | None = "auto"
+
+
+class FinetuneEvaluationConfig(Section):
+    """How a fine-tuned model is measured."""
+
+    batch_size: PositiveInt = 64  # sequences
+    resamples: NonNegativeInt = 1000  # of the examples, for the 95 % interval of each metric; 0: no intervals
+    # Texts, a document each, whose perplexity before and after is reported; empty: the base's validation split
+    texts: tuple[str, ...] = ()
+    max_tokens: PositiveInt | None = 200_000  # so many of them at most; null: all
+
+
+class FinetuneConfig(Section):
+    """What ``gpt1 finetune`` reads: a task, the run to begin with, and the paper's settings (section 4.1)."""
+
+    name: RunName = "finetuned"
+    runs_dir: str = "runs"
+    base: str | None = None  # the run to begin with: pre-trained, imported, or fine-tuned itself
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # several: a run for each, and their mean and median
+    task: LearnableTask
+    model: FinetuneModelConfig = FinetuneModelConfig()
+    train: FinetuneTrainConfig = FinetuneTrainConfig()
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: FinetuneEvaluationConfig = FinetuneEvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def run_dir(self) -> epath.Path:
+        """Folder of the run, or with several seeds of the runs."""
+        return epath.Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> "FinetuneConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: give every seed once")
+        return self
+
+
+class Recipe(FinetuneConfig):
+    """What ``gpt1 evaluate --task`` reads: the same file, and the forms that are only asked without training."""
+
+    task: AnyTask
+
+
 class Config(Section):
     """A whole run. ``name`` is its folder under ``runs_dir``; configuration and ``seed`` fix its result."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "gpt1"
+    name: RunName = "gpt1"
     runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -439,6 +442,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     distributed: DistributedConfig = DistributedConfig()
+    finetune: FinetuneConfig | None = None  # what made a fine-tuned run; null: it was pre-trained
 
     @property
     def run_dir(self) -> epath.Path:

@@ -5,14 +5,15 @@ import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
 from etils import epath
 
-from gpt1_jax.config import Config, Files, HuggingFace, PythonDocs, Stories, Tfds
+from gpt1_jax.config import Config
 from gpt1_jax.errors import UserError, nearest
+from gpt1_jax.section import Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,14 +34,26 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|fals
 
 # A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
 _Path = tuple[Hashable, ...]
+AnyConfig = TypeVar("AnyConfig", bound=Section)
 _COMMAND_LINE = "command line"
 _SOURCES = ("data", "sources")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads the configuration of a run, as :func:`load` any other."""
+    return load(Config, path, overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As :func:`load_config`, from YAML text; ``source`` names it in messages."""
+    return parse(Config, text, source, overrides)
+
+
+def load(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> AnyConfig:
     """Reads a configuration file and dotted overrides.
 
     Args:
+        kind: what the file describes.
         path: YAML file that lists what differs from the defaults, local or in a bucket.
         overrides: ``section.key=value`` each, the value in YAML; a later one wins.
 
@@ -57,11 +70,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}: there is no such configuration file{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
-    return parse_config(text, str(path), overrides)
+    return parse(kind, text, str(path), overrides)
 
 
-def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """As :func:`load_config`, from YAML text; ``source`` names it in messages."""
+def parse(kind: type[AnyConfig], text: str, source: str, overrides: Sequence[str] = ()) -> AnyConfig:
+    """As :func:`load`, from YAML text; ``source`` names it in messages."""
     origin: dict[_Path, str] = {}
     problems: list[str] = []
     values = _parse_yaml(text, source, origin, problems)
@@ -73,9 +86,9 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
         _apply_override(values, override, origin, problems)
     _expand_recipes(values, origin, problems)
     try:
-        config = Config.model_validate_json(json.dumps(values))
+        config = kind.model_validate_json(json.dumps(values))
     except pydantic.ValidationError as error:
-        problems += _explain(error, values, source, origin)
+        problems += _explain(kind, error, values, source, origin)
     except (TypeError, ValueError) as error:  # a value that JSON cannot hold
         problems.append(f"{source}: {error}")
     else:
@@ -253,13 +266,14 @@ def _at(schedule: Mapping[str, Any], step: str) -> Any:
 
 
 def _explain(
-    error: pydantic.ValidationError, values: Mapping[str, Any], source: str, origin: Mapping[_Path, str]
+    root: type[Section],
+    error: pydantic.ValidationError,
+    values: Mapping[str, Any],
+    source: str,
+    origin: Mapping[_Path, str],
 ) -> Iterable[str]:
     """One line a problem: where, key, value, what is wrong, and the nearest valid key."""
-    # pydantic adds the tag of a discriminated union, and a mark of keys, to the path; the file has no such levels.
-    added = {*_SOURCE_KINDS, "a number", "a schedule", "[key]"}
-    found = [(tuple(part for part in e["loc"] if part not in added), e) for e in error.errors()]
-
+    found = [(tuple(_in_file(root, e["loc"])), e) for e in error.errors()]
     named = {_dotted(path): path for path in origin}
 
     def where(path: _Path) -> str:
@@ -269,7 +283,7 @@ def _explain(
         shown = f"{where(path)}: {_dotted(path)}={_shown(problem['input'])}"
         match problem["type"]:
             case "extra_forbidden":
-                yield f"{shown}: unknown key{_nearest_key(path, values)}"
+                yield f"{shown}: unknown key{_nearest_key(root, path, values)}"
             case "value_error":  # of our own validators, which name the keys themselves
                 for line in str(problem["ctx"]["error"]).splitlines():
                     keys = [named[key] for key in re.findall(r"([a-z_0-9.]+)=", line) if key in named]
@@ -282,10 +296,24 @@ def _explain(
                 yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _nearest_key(path: _Path, values: Mapping[str, Any]) -> str:
+def _in_file(root: type[Section], path: _Path) -> Iterable[Hashable]:
+    """The levels of a path that the file has: pydantic adds the tags of unions, and a mark of keys."""
+    kinds = [root]
+    for part in path:
+        tagged = [kind for kind in kinds if len(kinds) > 1 and part in _tags(kind)]
+        if tagged:
+            kinds = tagged
+        elif part not in ("a number", "a schedule", "[key]"):
+            yield part
+            if not isinstance(part, int):
+                fields = kinds[0].model_fields if kinds else {}
+                kinds = _sections_in(fields[str(part)].annotation) if part in fields else []
+
+
+def _nearest_key(root: type[Section], path: _Path, values: Mapping[str, Any]) -> str:
     """The valid key nearest to the last of ``path``, in its section first, then anywhere."""
-    here = {key: _dotted((*path[:-1], key)) for key in _section_at(path[:-1], values).model_fields}
-    anywhere = {str(key[-1]): _dotted(key) for key in _all_keys(Config)}
+    here = {key: _dotted((*path[:-1], key)) for key in _section_at(root, path[:-1], values).model_fields}
+    anywhere = {str(key[-1]): _dotted(key) for key in _all_keys(root)}
     for names in (here, anywhere):
         match = difflib.get_close_matches(str(path[-1]), names, n=1)
         if match:
@@ -297,31 +325,35 @@ def _all_keys(section: type[pydantic.BaseModel], prefix: tuple[str, ...] = ()) -
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         yield path
-        if inner := _section_in(field.annotation):
-            yield from _all_keys(inner, path)
+        kinds = _sections_in(field.annotation)
+        if len(kinds) == 1:
+            yield from _all_keys(kinds[0], path)
 
 
-def _section_at(path: _Path, values: Mapping[str, Any]) -> type[pydantic.BaseModel]:
-    """The section at ``path``; for a source, the one of its kind."""
-    section: type[pydantic.BaseModel] = Config
-    if path[:2] == ("data", "sources"):
-        section, path = _SOURCE_KINDS[values["data"]["sources"][path[2]]["kind"]], path[3:]
+def _section_at(root: type[Section], path: _Path, values: Mapping[str, Any]) -> type[pydantic.BaseModel]:
+    """The section at ``path``; of a union the member that the values there are of."""
+    kinds: list[type[pydantic.BaseModel]] = [root]
+    value: Any = values
     for part in path:
-        inner = _section_in(section.model_fields[str(part)].annotation)
-        assert inner is not None  # the path leads through sections
-        section = inner
-    return section
+        value = value[part]
+        if not isinstance(part, int):
+            kinds = _sections_in(kinds[0].model_fields[str(part)].annotation)
+        if len(kinds) > 1 and isinstance(value, dict):
+            kinds = [kind for kind in kinds if any(tag in _tags(kind) for tag in value.values() if type(tag) is str)]
+    return kinds[0]
 
 
-def _section_in(annotation: Any) -> type[pydantic.BaseModel] | None:
-    """The section that a key holds, which may be optional; None for any other value."""
-    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-    return next((kind for kind in kinds if issubclass(kind, pydantic.BaseModel)), None)
+def _sections_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The sections that a key may hold, by itself, in a list, or as one of several; none for any other value."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _sections_in(inner)]
 
 
-_SOURCE_KINDS: dict[Hashable, type[pydantic.BaseModel]] = {
-    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in (PythonDocs, Stories, Files, Tfds, HuggingFace)
-}
+def _tags(kind: type[pydantic.BaseModel]) -> tuple[Any, ...]:
+    """The values of the key that tells a member of a union from the others."""
+    names = [name for name in ("kind", "form", "by") if name in kind.model_fields]
+    return get_args(kind.model_fields[names[0]].annotation) if names else ()
 
 
 def _dotted(path: Iterable[Hashable]) -> str:

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt1_jax.config import Config, HuggingFace
+from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.data.documents import read_documents
 from gpt1_jax.data.manifest import read_manifest
 from gpt1_jax.data.prepare import prepare
 from gpt1_jax.data.statistics import origin_of
+from gpt1_jax.source_config import HuggingFace
 
 RECIPES = sorted(Path("data").glob("*.yaml"))
 

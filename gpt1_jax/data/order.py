@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt1_jax.config import weight_at
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import weight_at
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]

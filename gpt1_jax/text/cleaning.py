@@ -4,7 +4,8 @@ import re
 
 import ftfy
 
-from gpt1_jax.config import CleaningConfig, Quality
+from gpt1_jax.config import CleaningConfig
+from gpt1_jax.source_config import Quality
 from gpt1_jax.text.document import TOO_LONG, TOO_SHORT, Document, Skipped
 from gpt1_jax.text.quality import apply_quality
 

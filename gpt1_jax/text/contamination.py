@@ -11,8 +11,9 @@ wording of a licence, and long documents, such as whole books, are lost for one 
 
 from typing import Any
 
-from gpt1_jax.config import Decontamination, Files
+from gpt1_jax.config import Decontamination
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import Files
 from gpt1_jax.text.document import Document
 from gpt1_jax.text.files import FilesSource
 from gpt1_jax.text.words import ngrams, normal_words

@@ -19,8 +19,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt1_jax.config import Files
 from gpt1_jax.errors import StorageError, UserError
+from gpt1_jax.source_config import Files
 from gpt1_jax.text.compression import DAMAGE, SUFFIXES, decompressed
 from gpt1_jax.text.document import Document, Skipped, named, printable, to_document
 

@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpt1_jax.config import HuggingFace
 from gpt1_jax.errors import StorageError, UserError
+from gpt1_jax.source_config import HuggingFace
 from gpt1_jax.text.document import Document, Skipped, named, to_document
 from gpt1_jax.text.files import file_states, matched
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gpt1_jax.config import Quality
 from gpt1_jax.errors import UserError, nearest
+from gpt1_jax.source_config import Quality
 from gpt1_jax.text.document import GUTENBERG, LANGUAGE, REPETITION, SYMBOLS, TOO_SHORT, Document, Skipped
 from gpt1_jax.text.gutenberg import strip_gutenberg
 from gpt1_jax.text.repetition import repetition_measures

@@ -1,6 +1,6 @@
 """From a source's configuration to the source."""
 
-from gpt1_jax.config import Files, HuggingFace, PythonDocs, Source, Stories, Tfds
+from gpt1_jax.source_config import Files, HuggingFace, PythonDocs, Source, Stories, Tfds
 from gpt1_jax.text.document import TextSource
 from gpt1_jax.text.files import FilesSource
 from gpt1_jax.text.huggingface import HuggingFaceSource

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpt1_jax.config import Stories
+from gpt1_jax.source_config import Stories
 from gpt1_jax.text.document import Document, Skipped, parts
 from gpt1_jax.text.tales import RULES
 

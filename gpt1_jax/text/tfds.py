@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from gpt1_jax.config import Tfds
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import Tfds
 from gpt1_jax.text.document import Document, Skipped, named, parts, to_document
 from gpt1_jax.text.files import file_states
 

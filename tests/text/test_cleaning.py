@@ -1,6 +1,7 @@
 import pytest
 
-from gpt1_jax.config import CleaningConfig, Quality
+from gpt1_jax.config import CleaningConfig
+from gpt1_jax.source_config import Quality
 from gpt1_jax.text.cleaning import clean, standardize
 from gpt1_jax.text.document import Document, Skipped
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gpt1_jax.config import Files
 from gpt1_jax.errors import StorageError, UserError
+from gpt1_jax.source_config import Files
 from gpt1_jax.text.document import Document, Skipped
 from gpt1_jax.text.files import FilesSource
 

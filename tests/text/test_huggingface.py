@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from gpt1_jax.config import HuggingFace
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import HuggingFace
 from gpt1_jax.text.document import Document, Skipped
 from gpt1_jax.text.huggingface import HuggingFaceSource
 

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from gpt1_jax.config import Quality
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import Quality
 from gpt1_jax.text import quality as module
 from gpt1_jax.text.document import Document, Skipped
 from gpt1_jax.text.quality import apply_quality, check_quality

@@ -4,7 +4,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from gpt1_jax.config import Quality
+from gpt1_jax.source_config import Quality
 from gpt1_jax.text.document import Document, Skipped
 from gpt1_jax.text.quality import apply_quality
 from gpt1_jax.text.repetition import repetition_measures

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt1_jax.config import CleaningConfig, Quality, Stories
+from gpt1_jax.config import CleaningConfig
+from gpt1_jax.source_config import Quality, Stories
 from gpt1_jax.text.cleaning import clean
 from gpt1_jax.text.document import Document
 from gpt1_jax.text.sources import open_source

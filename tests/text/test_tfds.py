@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from gpt1_jax.config import Tfds
 from gpt1_jax.errors import UserError
+from gpt1_jax.source_config import Tfds
 from gpt1_jax.text.document import Document
 from gpt1_jax.text.tfds import TfdsSource
 
