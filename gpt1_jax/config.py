@@ -64,6 +64,7 @@ class ModelConfig(Section):
     scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
     loss_chunk: PositiveInt | Literal["auto"] = "auto"  # positions of each sequence whose logits exist at once
+    special_tokens: NonNegativeInt = 0  # of the vocabulary the last so many, which fine-tuning appended
     num_classes: PositiveInt | None = None  # outputs of the classifier that fine-tuning adds; null: there is none
     classifier_dropout: Fraction = 0.1  # on the state that the classifier reads
     lora: LoraConfig | None = None  # null: none
