@@ -15,6 +15,7 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_config
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SentencePieceTokenizer, train_tokenizer
+from gpt1_jax.text.tokenizer import load_tokenizer
 
 STRINGS = 5000
 TEXT = inspect.getsource(random) + "The quick brown fox.\n\n  été, naïve: 漢字\n" * 20
@@ -124,6 +125,19 @@ def test_transformers_reads_it(model, tmp_path):
     assert auto.model_max_length == 32
     assert len(auto) == model.vocab_size
     assert auto.decode([1, *auto("quick").input_ids, 1], skip_special_tokens=True) == "quick"
+
+
+def test_transformers_knows_special_tokens_by_name_alone(model, tmp_path):
+    extended = model.with_special_tokens(["_start_", "_classify_"])
+    auto: Any = AutoTokenizer.from_pretrained(public_folder(tmp_path, extended))
+    assert len(auto) == extended.vocab_size == model.vocab_size + 2
+    assert auto.convert_tokens_to_ids("_classify_") == extended.special_id("_classify_") == model.vocab_size + 1
+    for text in ("_classify_", "a _start_ b_classify__classify_", PROBE):
+        tokens = model.encode(text).tolist()
+        assert auto(text).input_ids == tokens
+        assert auto.decode([model.vocab_size, *tokens], skip_special_tokens=True) == text
+    found = load_tokenizer(fast_tokenizer_json(extended))
+    assert found.special_tokens == extended.special_tokens == ("_start_", "_classify_")
 
 
 def test_user_symbols_stay_whole():
