@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gpt1_jax.errors import UserError
+from gpt1_jax.text.conversation import chat_template, has_chat_tokens
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SPACE_MARK
 from gpt1_jax.text.sentencepiece_proto import BPE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, model_proto
@@ -42,21 +43,29 @@ def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int) -> dict[st
     The class must be named, or the one of ``openai-gpt`` is taken, which lower-cases; so must the inputs, or some
     versions add ``token_type_ids``, which that model embeds.
 
+    A tokenizer with the tokens of conversations gets their template. A rendered conversation must have its special
+    tokens found, so that there the names of special tokens are not text; the template refuses messages that spell them.
+
     Args:
         tokenizer: of that tokenizer.json.
         model_max_length: the context, in tokens.
     """
     separator = tokenizer.token(tokenizer.separator_id)
-    return {
+    unknown = tokenizer.unknown or separator
+    chats = has_chat_tokens(tokenizer)
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
         "bos_token": separator,  # a document begins where another ends
         "eos_token": separator,
-        "unk_token": tokenizer.unknown or separator,
+        "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": not chats,
     }
+    if chats:
+        settings["chat_template"] = chat_template(sorted({separator, unknown, *tokenizer.special_tokens}))
+    return settings
 
 
 def _converted(model: bytes, special_tokens: Sequence[str]) -> bytes:
