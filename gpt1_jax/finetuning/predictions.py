@@ -13,8 +13,11 @@ from gpt1_jax.data.examples import Conversation, Pair
 from gpt1_jax.data.loader import global_batch
 from gpt1_jax.evaluation.metrics import Measured, measure
 from gpt1_jax.finetuning.dataset import Batch, Dataset, width_for
-from gpt1_jax.finetuning.forms import labels_are_numbers
+from gpt1_jax.finetuning.forms import DELIMITER, labels_are_numbers
 from gpt1_jax.finetuning.loss import task_scores
+from gpt1_jax.generation.beam import beam_search
+from gpt1_jax.generation.decode import generate
+from gpt1_jax.generation.sampling import GREEDY
 from gpt1_jax.model.sharding import axis_size, batch_sharding, replicated
 from gpt1_jax.model.transformer import Params
 from gpt1_jax.task_config import Chat, TextToText
@@ -120,8 +123,32 @@ class Predictor:
                 references += answers
         return Answers(self._generate(params, prompts), references, None)
 
+    def _generate(self, params: Params, prompts: list[np.ndarray]) -> list[str]:
+        """The texts behind the prompts, in their order; prompts of like lengths share a batch."""
+        task, config = self._task, self._config
+        assert isinstance(task, TextToText | Chat)
+        texts = isinstance(task, TextToText)
+        settings = {
+            "max_tokens": task.target_tokens if texts else task.answer_tokens,
+            "separator_id": self._tokenizer.separator_id,
+            "end_id": self._tokenizer.separator_id if texts else self._tokenizer.special_id(END),
+        }
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+        found: dict[int, str] = {}
+        for start in range(0, len(order), config.evaluation.batch_size):
+            numbers = order[start : start + config.evaluation.batch_size].tolist()
+            some = [prompts[number] for number in numbers]
+            if isinstance(task, TextToText) and task.beams > 1:
+                beams = {"beams": task.beams, "length_penalty": task.length_penalty}
+                completions = beam_search(config, params, some, **beams, **settings)
+            else:
+                completions = generate(config, params, some, sampling=GREEDY, seed=0, **settings)
+            texts_of = (self._tokenizer.decode(completion.tokens).strip() for completion in completions)
+            found |= dict(zip(numbers, texts_of, strict=True))
+        return [found[number] for number in range(len(prompts))]
+
     def _prompt_length(self, sequence: np.ndarray) -> int:
-        return int(np.argmax(sequence == self._tokenizer.special_id("_delimiter_"))) + 1
+        return int(np.argmax(sequence == self._tokenizer.special_id(DELIMITER))) + 1
 
     def _turns(self, example: Conversation) -> tuple[list[np.ndarray], list[str]]:
         assert isinstance(self._task, Chat)
