@@ -22,6 +22,7 @@ from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
 from gpt1_jax.data.storage import is_remote, storage_fault
 from gpt1_jax.data_commands import data_app
 from gpt1_jax.errors import GPT1Error, UserError
+from gpt1_jax.finetune_command import finetune
 from gpt1_jax.plan_command import plan
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
@@ -43,6 +44,13 @@ app.command(
     epilog="Examples:\n\n  gpt1 plan configs/gpt1.yaml --topology v5e:4x4\n\n"
     "  gpt1 plan configs/gpt1.yaml --topology v5p-128 --slices 2 train.batch_size=4096 --json"
 )(plan)
+
+app.command(
+    epilog="Examples:\n\n  gpt1 finetune data/tasks/sst2.yaml base=runs/gpt1\n\n"
+    "  gpt1 finetune data/tasks/rte.yaml base=runs/gpt1 name=rte 'seeds=[0, 1, 2]' train.auxiliary=0 --json\n\n"
+    "  gpt1 finetune data/tasks/sst2.yaml base=runs/gpt1 name=lora 'model.lora={}' optimizer.learning_rate=1e-3\n\n"
+    "Stop it with Ctrl-C and run the same command again: it goes on where it stopped."
+)(finetune)
 
 ConfigFile = Annotated[
     epath.Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.", parser=epath.Path)

@@ -65,7 +65,7 @@ class Dataset:
         self.choices = int(np.diff(self._sequences).max())
         digest = hashlib.sha256()
         for array in (self._tokens, self._learned, self._starts, self._sequences, self.labels_N):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

@@ -7,8 +7,9 @@
     text_to_text      _start_ source _delimiter_ target and the separator
     chat              as text/conversation.py has it
 
-Long texts keep their beginnings: two texts have at most half of the context less two tokens each, as in ``transform_roc``
-of the authors' train.py, and one text the context less two. Of a context with a question it is the context that is cut.
+Long texts keep their beginnings: two texts have at most half of the context less two tokens each, as the authors'
+train.py has it (``transform_roc``), and one text the context less two. Of a context with a question it is the context
+that is cut.
 """
 
 from collections.abc import Iterator, Sequence

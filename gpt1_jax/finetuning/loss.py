@@ -64,7 +64,7 @@ def finetune_loss(config: Config, params: Params, batch: Batch, key: DropoutKey 
         total += cross_entropy(x_NTD, model.output_table, targets_NT, weights_NT, chunk, cap)
     if config.model.num_classes:
         scores_BC = _scores(config, model, states_BKTD, batch, classifier_key)
-        total += (batch.shares_B * _task_losses(config, scores_BC, batch.labels_B)).sum()
+        total += (batch.shares_B * _task_losses(config, scores_BC, jnp.asarray(batch.labels_B))).sum()
     return total
 
 

@@ -1,6 +1,6 @@
 """The order of fine-tuning examples: epochs, each a random order of its own, in batches of nearly equal lengths.
 
-It is a pure function of seed and position, so a run that is killed goes on where it was, and hosts agree without a word.
+It is a pure function of seed and position: a run that is killed goes on where it was, and hosts agree without a word.
 """
 
 from functools import lru_cache

@@ -71,9 +71,7 @@ class Predictor:
         assert config.finetune is not None
         self._config, self._task, self._split = config, config.finetune.task, split
         self._tokenizer, self._mesh = tokenizer, mesh
-        self._scores = jax.jit(
-            lambda params, batch: task_scores(config, params, batch), out_shardings=replicated(mesh)
-        )
+        self._scores = jax.jit(lambda params, batch: task_scores(config, params, batch), out_shardings=replicated(mesh))
 
     def answers(self, params: Params) -> Answers:
         """What the model with these weights answers."""
@@ -88,8 +86,7 @@ class Predictor:
     def measured(self, answers: Answers, resamples: int) -> dict[str, Measured]:
         """Every metric of the task."""
         return {
-            metric: measure(metric, answers.predictions, answers.references, resamples)
-            for metric in self._task.metrics
+            metric: measure(metric, answers.predictions, answers.references, resamples) for metric in self._task.metrics
         }
 
     def _all_scores(self, params: Params) -> np.ndarray:

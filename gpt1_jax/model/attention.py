@@ -16,7 +16,8 @@ from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention_kernels import cudnn_attention, splash_attention
 from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.dropout import DropoutKey, dropout, seed_of
-from gpt1_jax.model.layers import Linear, branch_std, lora_of, make_norm
+from gpt1_jax.model.layers import Linear, branch_std, make_norm
+from gpt1_jax.model.lora import lora_of
 from gpt1_jax.model.rotary import rotate
 from gpt1_jax.model.segments import same_document
 from gpt1_jax.model.sharding import constrain, split_axes

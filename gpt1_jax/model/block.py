@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention import Attention, KVCache
 from gpt1_jax.model.dropout import DropoutKey, dropout
-from gpt1_jax.model.layers import Linear, branch_std, gelu, lora_of, make_norm
+from gpt1_jax.model.layers import Linear, branch_std, gelu, make_norm
+from gpt1_jax.model.lora import lora_of
 
 
 class Block(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gpt1_jax.config import LoraConfig, ModelConfig
+from gpt1_jax.model.lora import lora_scale
 from gpt1_jax.model.products import affine
 
 INIT_STD = 0.02  # paper, 4.1: weights start from N(0, 0.02)
@@ -33,16 +34,6 @@ def branch_std(config: ModelConfig) -> float:
     Learners", section 2.3).
     """
     return INIT_STD if config.norm_position == "post" else INIT_STD / math.sqrt(2 * config.num_layers)
-
-
-def lora_of(config: ModelConfig, name: str) -> LoraConfig | None:
-    """The low-rank update of the matrices of that name, if they have one."""
-    return config.lora if config.lora and name in config.lora.targets else None
-
-
-def lora_scale(config: LoraConfig) -> float:
-    """What the product of a low-rank update's two matrices is multiplied by."""
-    return config.alpha / config.rank
 
 
 class Linear(nnx.Module):

@@ -36,6 +36,7 @@ class Lesson:
 
     Attributes:
         fingerprint: of the data.
+        corpus: fingerprint of the corpus of the pre-training; None: it is not known.
         origin: where the data is, for messages.
         summary: how much it is, in a few words.
         optimizer: of the run.
@@ -47,6 +48,7 @@ class Lesson:
     """
 
     fingerprint: str
+    corpus: str | None
     origin: str
     summary: str
     optimizer: optax.GradientTransformation
@@ -77,6 +79,7 @@ def train(
 
     lesson = Lesson(
         fingerprint=corpus.manifest.fingerprint,
+        corpus=corpus.manifest.fingerprint,
         origin=str(corpus.folder),
         summary=f"{corpus.manifest.splits['train'].tokens:,} training tokens",
         optimizer=optimizer,
@@ -150,7 +153,9 @@ def learn(
             def save(step: int, state: TrainState) -> None:
                 recorder.drain()  # a checkpoint is written only once every step before it is known to be finite
                 position = read + (step - begin) * config.train.batch_size
-                files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), position, lesson.fingerprint)
+                files = RunFiles(
+                    config.to_yaml(), tokenizer.to_bytes(), position, data=lesson.fingerprint, corpus=lesson.corpus
+                )
                 with jax.transfer_guard("allow"):
                     checkpoints.save(step, state, files)
 
@@ -204,7 +209,7 @@ def _restored(
     mesh: Mesh,
 ) -> TrainState:
     abstract = abstract_state(config, optimizer, mesh)
-    if files.corpus is None:  # imported: weights alone
+    if files.data is None:  # imported: weights alone
         return init_state(config, optimizer, mesh, checkpoints.restore_params(step, abstract.params))
     return checkpoints.restore_state(step, abstract)
 
@@ -216,9 +221,9 @@ def _check_same_data(files: RunFiles, lesson: Lesson, tokenizer: Tokenizer, allo
             "mean other text; start another run with name=NEW, or prepare with data.tokenizer.file set to the "
             "checkpoint's run/tokenizer.model"
         )
-    if files.corpus not in (None, lesson.fingerprint) and not allow_changes:
+    if files.data not in (None, lesson.fingerprint) and not allow_changes:
         raise UserError(
-            f"{lesson.origin}: the run was trained on the corpus with fingerprint {files.corpus}, this one has "
+            f"{lesson.origin}: the run was trained on data with fingerprint {files.data}, this has "
             f"{lesson.fingerprint}; start another run with name=NEW, or pass --allow-changes to go on with it"
         )
 
