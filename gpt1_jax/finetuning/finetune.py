@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -36,7 +37,7 @@ from gpt1_jax.training.metrics import METRICS, read_records
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.run import RESULTS, Run, check_run, open_run
 from gpt1_jax.training.state import TrainState, abstract_state
-from gpt1_jax.training.step import Metrics, compile_step
+from gpt1_jax.training.step import Metrics, TrainStep, compile_step
 from gpt1_jax.training.trained import rate_scales
 
 Record = dict[str, Any]
@@ -128,6 +129,21 @@ def summarize(results: list[Record]) -> Record:
                     "high": max(values),
                 }
     return found
+
+
+def compile_by_width(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """The step, which is compiled when a batch of a new width comes, the state donated."""
+    abstract = abstract_state(config, optimizer, mesh)
+    compiled: dict[int, jax.stages.Compiled] = {}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        width = batch.tokens_BKT.shape[2]
+        if width not in compiled:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            compiled[width] = compile_step(partial(finetune_step, config, optimizer), abstract, shapes, mesh)
+        return compiled[width](state, batch)
+
+    return step
 
 
 def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
@@ -226,20 +242,6 @@ def _lesson(job: _Job, config: Config) -> Lesson:
     train = job.splits["train"].dataset
     order = EpochOrder(train, config.train.batch_size, config.seed, config.context_length)
     optimizer = make_optimizer(config.optimizer, config.train.steps, rate_scales(config))
-    state = abstract_state(config, optimizer, job.mesh)
-
-    def compile_by_width() -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        compiled: dict[int, jax.stages.Compiled] = {}
-
-        def step(state_now: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            width = batch.tokens_BKT.shape[2]
-            if width not in compiled:
-                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-                compiled[width] = compile_step(partial(finetune_step, config, optimizer), state, shapes, job.mesh)
-            return compiled[width](state_now, batch)
-
-        return step
-
     return Lesson(
         fingerprint=train.fingerprint,
         corpus=job.corpus,
@@ -247,7 +249,7 @@ def _lesson(job: _Job, config: Config) -> Lesson:
         summary=f"{len(train):,} training examples",
         optimizer=optimizer,
         examples=lambda step, read: order,
-        compile=compile_by_width,
+        compile=lambda: compile_by_width(config, optimizer, job.mesh),
         tokens=order.tokens,
         flops_per_token=flops_per_token(config.model, int(train.lengths_N.mean())),
         params=lambda: first_params(config, open_run(job.base, job.mesh)),
