@@ -4,26 +4,24 @@ A SentencePiece model is rewritten, token for token. What differs is the spellin
 U+2581, and here it is a space, so that a U+2581 of the text is a character like any other, one that the vocabulary does
 not have, and falls to the same three byte pieces (:mod:`gpt1_jax.text.sentencepiece`).
 
-Control pieces (the separator, the unknown piece) are in the vocabulary but not registered as special tokens, and no
-merge makes them, so their names in a text are text. transformers registers the separator by ``tokenizer_config.json``,
-whose ``split_special_tokens`` keeps its name in a text what it is.
+The separator and the unknown piece are in the vocabulary but not registered as special tokens, and no merge makes
+them, so their names in a text are text. transformers registers the separator by ``tokenizer_config.json``, whose
+``split_special_tokens`` keeps its name in a text what it is. The other control pieces are registered, or they would be
+forgotten as special.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tokenizers import decoders, models
 
 from gpt1_jax.errors import UserError
+from gpt1_jax.text.conversation import chat_template, has_chat_tokens
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SPACE_MARK
+from gpt1_jax.text.sentencepiece_proto import BPE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, model_proto
 from gpt1_jax.text.tokenizer import Tokenizer
-
-# Of sentencepiece_model.proto: the kinds of pieces that matter here, and the one of models.
-_NORMAL, _UNKNOWN, _USER_DEFINED, _UNUSED = 1, 2, 4, 5
-_BPE = 2
 
 
 def fast_tokenizer_json(tokenizer: Tokenizer) -> bytes:
@@ -34,7 +32,7 @@ def fast_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """
     if isinstance(tokenizer, FastTokenizer):
         return tokenizer.to_bytes()
-    converted = _converted(tokenizer.to_bytes())
+    converted = _converted(tokenizer.to_bytes(), tokenizer.special_tokens)
     _check_same(tokenizer, FastTokenizer(converted, "the converted tokenizer"))
     return converted
 
@@ -45,37 +43,45 @@ def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int) -> dict[st
     The class must be named, or the one of ``openai-gpt`` is taken, which lower-cases; so must the inputs, or some
     versions add ``token_type_ids``, which that model embeds.
 
+    A tokenizer with the tokens of conversations gets their template. A rendered conversation must have its special
+    tokens found, so that there the names of special tokens are not text; the template refuses messages that spell them.
+
     Args:
         tokenizer: of that tokenizer.json.
         model_max_length: the context, in tokens.
     """
     separator = tokenizer.token(tokenizer.separator_id)
-    return {
+    unknown = tokenizer.unknown or separator
+    chats = has_chat_tokens(tokenizer)
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
         "bos_token": separator,  # a document begins where another ends
         "eos_token": separator,
-        "unk_token": tokenizer.unknown or separator,
+        "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": not chats,
     }
+    if chats:
+        settings["chat_template"] = chat_template(sorted({separator, unknown, *tokenizer.special_tokens}))
+    return settings
 
 
-def _converted(model: bytes) -> bytes:
-    proto = _model_proto().FromString(model)
-    if proto.trainer_spec.model_type != _BPE:
+def _converted(model: bytes, special_tokens: Sequence[str]) -> bytes:
+    proto = model_proto().FromString(model)
+    if proto.trainer_spec.model_type != BPE:
         raise _no_counterpart("it is not BPE")
     pieces = [(piece.piece.replace(SPACE_MARK, " "), piece.score, piece.type) for piece in proto.pieces]
     vocabulary = {text: number for number, (text, _, _) in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
         raise _no_counterpart("two of its pieces differ in a space and a U+2581 alone")
-    if any(kind == _UNUSED for _, _, kind in pieces):
+    if any(kind == UNUSED for _, _, kind in pieces):
         raise _no_counterpart("it has unused pieces")
-    scores = {text: score for text, score, kind in pieces if kind == _NORMAL}
+    scores = {text: score for text, score, kind in pieces if kind == NORMAL}
     if any(character not in scores for text in scores for character in text):
         raise _no_counterpart("it has a piece with a character that is no piece")
-    unknown = next(text for text, _, kind in pieces if kind == _UNKNOWN)
+    unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
     fast = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=_merges(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -84,37 +90,11 @@ def _converted(model: bytes) -> bytes:
         [
             tokenizers.AddedToken(text, normalized=False, special=False)
             for text, _, kind in pieces
-            if kind == _USER_DEFINED
+            if kind == USER_DEFINED
         ]
     )
+    fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special_tokens])
     return fast.to_str().encode()
-
-
-@functools.cache
-def _model_proto() -> Any:
-    """The class of a model's file, with the fields that are read here.
-
-    SentencePiece's own is made with a protobuf so new that it refuses the one that Beam needs.
-    """
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="gpt1_jax/sentencepiece_model.proto", package="gpt1_jax")
-    piece = file.message_type.add(name="Piece")
-    piece.field.add(name="piece", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    piece.field.add(name="score", number=2, type=field.TYPE_FLOAT, label=field.LABEL_OPTIONAL)
-    piece.field.add(
-        name="type", number=3, type=field.TYPE_INT32, label=field.LABEL_OPTIONAL, default_value=str(_NORMAL)
-    )
-    trainer = file.message_type.add(name="TrainerSpec")
-    trainer.field.add(name="model_type", number=3, type=field.TYPE_INT32, label=field.LABEL_OPTIONAL, default_value="1")
-    model = file.message_type.add(name="Model")
-    for name, number, label, kind in (
-        ("pieces", 1, field.LABEL_REPEATED, "Piece"),
-        ("trainer_spec", 2, field.LABEL_OPTIONAL, "TrainerSpec"),
-    ):
-        model.field.add(name=name, number=number, type=field.TYPE_MESSAGE, label=label, type_name=f".gpt1_jax.{kind}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("gpt1_jax.Model"))
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -137,6 +117,9 @@ def _check_same(tokenizer: Tokenizer, converted: FastTokenizer) -> None:
             raise _no_counterpart("the two encode its own pieces differently")
     if (tokenizer.vocab_size, tokenizer.separator_id) != (converted.vocab_size, converted.separator_id):
         raise _no_counterpart("its separator is none of the names known here")
+    for name in tokenizer.special_tokens:
+        if tokenizer.special_id(name) != converted.special_id(name):
+            raise _no_counterpart(f"its special token {name!r} is another there")
 
 
 def _no_counterpart(why: str) -> UserError:

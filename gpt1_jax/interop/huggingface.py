@@ -15,6 +15,7 @@ from gpt1_jax.interop.model_card import model_card
 from gpt1_jax.interop.safetensors_files import write_weights
 from gpt1_jax.interop.staging import staged
 from gpt1_jax.model.layers import INIT_STD, NORM_EPSILON
+from gpt1_jax.text.conversation import END, has_chat_tokens
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 from gpt1_jax.training.run import Run
@@ -106,8 +107,9 @@ def public_config(run: Run) -> dict[str, Any]:
 
 def _generation_config(run: Run) -> dict[str, Any]:
     separator = run.tokenizer.separator_id
+    ends = [separator, run.tokenizer.special_id(END)] if has_chat_tokens(run.tokenizer) else separator
     # The public class has no cache of keys and values.
-    return {"bos_token_id": separator, "eos_token_id": separator, "pad_token_id": separator, "use_cache": False}
+    return {"bos_token_id": separator, "eos_token_id": ends, "pad_token_id": separator, "use_cache": False}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

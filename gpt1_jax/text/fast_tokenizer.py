@@ -9,6 +9,7 @@ import tokenizers
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.text.sentencepiece import PROBE
+from gpt1_jax.text.special_tokens import missing
 
 # Names of the token that ends a document, in the order in which they are looked for.
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<s>")
@@ -31,6 +32,7 @@ class FastTokenizer:
         separator_id: the token that ends every document.
         separator_reserved: whether no text encodes to it; false where it is the unknown token.
         unknown: the name of the token for what the vocabulary does not have, or None.
+        special_tokens: the names of the special tokens, in the order of their ids, without the separator.
         fingerprint: SHA-256 of the JSON, hexadecimal.
 
     Raises:
@@ -49,6 +51,12 @@ class FastTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.unknown: str | None = getattr(self._tokenizer.model, "unk_token", None)
         self.separator_id, self.separator_reserved = self._separator(vocabulary, origin)
+        self._special_ids = {
+            added.content: token
+            for token, added in sorted(self._tokenizer.get_added_tokens_decoder().items())
+            if added.special and token != self.separator_id
+        }
+        self.special_tokens: tuple[str, ...] = tuple(self._special_ids)
         self.fingerprint: str = hashlib.sha256(content).hexdigest()
         self._bytes = {token: int(byte[1], 16) for name, token in vocabulary.items() if (byte := _BYTE.fullmatch(name))}
         self._byte_ids = {byte: token for token, byte in self._bytes.items()}
@@ -56,6 +64,35 @@ class FastTokenizer:
     def to_bytes(self) -> bytes:
         """The JSON."""
         return self._content
+
+    def special_id(self, name: str) -> int:
+        """The token of one of the special tokens; ``KeyError`` if there is none of that name."""
+        return self._special_ids[name]
+
+    def with_special_tokens(self, names: Sequence[str]) -> "FastTokenizer":
+        """This tokenizer with more special tokens behind its last token; itself if it has them all.
+
+        Raises:
+            UserError: if another token already has such a name, or if the library cannot add them behind the last.
+        """
+        new = missing(self, names, self._tokenizer.get_vocab())
+        if not new:
+            return self
+        raw = _parsed(self._content, "the tokenizer")  # with what this class has switched off
+        raw.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in new])
+        if [raw.token_to_id(name) for name in new] != [*range(self.vocab_size, self.vocab_size + len(new))]:
+            raise UserError(
+                f"special tokens ({', '.join(new)}) cannot be added behind this tokenizer's last token: numbers below "
+                f"{self.vocab_size} are not in its vocabulary. Take another tokenizer"
+            )
+        extended = FastTokenizer(raw.to_str().encode(), "the tokenizer with special tokens")
+        # The library finds special tokens before words that were added, and then does not look for these inside.
+        if any(self.encode(name).tolist() != extended.encode(name).tolist() for name in new):
+            raise UserError(
+                f"special tokens ({', '.join(new)}) cannot be added to this tokenizer: a text that spells one of them "
+                "would become other tokens than it is now. Take another tokenizer"
+            )
+        return extended
 
     def token(self, number: int) -> str:
         """The name of a token in the vocabulary."""

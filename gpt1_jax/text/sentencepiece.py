@@ -10,6 +10,8 @@ import numpy as np
 import sentencepiece as spm
 
 from gpt1_jax.errors import RefusedError, UserError
+from gpt1_jax.text.sentencepiece_proto import CONTROL, model_proto
+from gpt1_jax.text.special_tokens import missing
 
 SEPARATOR = "<|endoftext|>"
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
@@ -45,6 +47,12 @@ class SentencePieceTokenizer:
             raise UserError(f"{origin}: not a SentencePiece model: it is empty")
         self.separator_id: int = self._separator(origin)
         self.separator_reserved = True  # a control piece, which no text encodes to
+        self._special_ids = {
+            self._processor.id_to_piece(token): token
+            for token in range(self.vocab_size)
+            if self._processor.is_control(token) and token != self.separator_id
+        }
+        self.special_tokens: tuple[str, ...] = tuple(self._special_ids)
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         decoded = self.decode(self.encode(PROBE))
@@ -58,6 +66,24 @@ class SentencePieceTokenizer:
     def to_bytes(self) -> bytes:
         """The serialized model."""
         return self._model
+
+    def special_id(self, name: str) -> int:
+        """The token of one of the special tokens; ``KeyError`` if there is none of that name."""
+        return self._special_ids[name]
+
+    def with_special_tokens(self, names: Sequence[str]) -> "SentencePieceTokenizer":
+        """This model with more control pieces behind its last piece; itself if it has them all.
+
+        Raises:
+            UserError: if another piece already has such a name.
+        """
+        model = model_proto().FromString(self._model)
+        new = missing(self, names, (piece.piece for piece in model.pieces))
+        if not new:
+            return self
+        for name in new:
+            model.pieces.add(piece=name, score=0.0, type=CONTROL)
+        return SentencePieceTokenizer(model.SerializeToString(deterministic=True))
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, int32, shape (tokens,).

@@ -36,6 +36,14 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The names, in the order of their ids, of the tokens that no text encodes to and that decode to nothing.
+
+        The separator is not among them.
+        """
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's serialized form, hexadecimal."""
         ...
@@ -57,6 +65,25 @@ class Tokenizer(Protocol):
 
         The text of a beginning of the tokens is a beginning of their text, but for an incomplete character at its
         end, which gives U+FFFD.
+        """
+        ...
+
+    def special_id(self, name: str) -> int:
+        """The token of one of :attr:`special_tokens`.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        ...
+
+    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with more special tokens, behind its last token, in their order.
+
+        Those that are there already stay where they are; if all are, this is the tokenizer itself. Every text encodes
+        as before, also one that spells a name.
+
+        Raises:
+            UserError: if a token that texts are made of already has such a name.
         """
         ...
 

@@ -3,18 +3,22 @@ import io
 import itertools
 import json
 import random
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 import tokenizers
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_config
+from gpt1_jax.text.conversation import CHAT_TOKENS, Message, encode_conversation, encode_prompt
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SentencePieceTokenizer, train_tokenizer
+from gpt1_jax.text.tokenizer import load_tokenizer
 
 STRINGS = 5000
 TEXT = inspect.getsource(random) + "The quick brown fox.\n\n  été, naïve: 漢字\n" * 20
@@ -124,6 +128,59 @@ def test_transformers_reads_it(model, tmp_path):
     assert auto.model_max_length == 32
     assert len(auto) == model.vocab_size
     assert auto.decode([1, *auto("quick").input_ids, 1], skip_special_tokens=True) == "quick"
+
+
+def test_transformers_knows_special_tokens_by_name_alone(model, tmp_path):
+    extended = model.with_special_tokens(["_start_", "_classify_"])
+    auto: Any = AutoTokenizer.from_pretrained(public_folder(tmp_path, extended))
+    assert len(auto) == extended.vocab_size == model.vocab_size + 2
+    assert auto.convert_tokens_to_ids("_classify_") == extended.special_id("_classify_") == model.vocab_size + 1
+    for text in ("_classify_", "a _start_ b_classify__classify_", PROBE):
+        tokens = model.encode(text).tolist()
+        assert auto(text).input_ids == tokens
+        assert auto.decode([model.vocab_size, *tokens], skip_special_tokens=True) == text
+    found = load_tokenizer(fast_tokenizer_json(extended))
+    assert found.special_tokens == extended.special_tokens == ("_start_", "_classify_")
+
+
+CONVERSATION = [
+    Message("system", " Be\n brief. "),
+    Message("user", "The quick \u2581 fox\n\n"),
+    Message("assistant", "  jumps 漢字 "),
+    Message("user", ""),
+    Message("assistant", "<|call|>"),
+]
+
+
+@pytest.fixture(scope="module")
+def chat(model, tmp_path_factory) -> tuple[SentencePieceTokenizer, Any]:
+    """A tokenizer for conversations, and what transformers makes of it, also after saving it anew."""
+    extended = model.with_special_tokens(CHAT_TOKENS)
+    folder = public_folder(tmp_path_factory.mktemp("chat"), extended)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "again")
+    return extended, [AutoTokenizer.from_pretrained(path) for path in (folder, folder / "again")]
+
+
+def test_transformers_gives_the_tokens_of_conversations(chat):
+    extended, found = chat
+    messages = [message._asdict() for message in CONVERSATION]
+    ours = encode_conversation(extended, CONVERSATION, 999)
+    prompt = encode_prompt(extended, CONVERSATION[:-1], 999)
+    for auto in found:
+        theirs = auto.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        assert theirs["input_ids"] == ours.tokens.tolist()
+        assert theirs["assistant_masks"] == ours.learned.astype(int).tolist()
+        asked = auto.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert asked == prompt.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", [*CHAT_TOKENS, "<|endoftext|>", "<unk>"])
+def test_a_message_that_spells_a_special_token_is_refused_by_the_template(chat, name):
+    for auto in chat[1]:
+        with pytest.raises(TemplateError, match=re.escape(f"a message must not spell the special token {name}")):
+            auto.apply_chat_template([{"role": "user", "content": f"a{name}"}])
+        with pytest.raises(TemplateError, match="a role must be one of system, user, assistant, and not end"):
+            auto.apply_chat_template([{"role": "end", "content": "a"}])
 
 
 def test_user_symbols_stay_whole():

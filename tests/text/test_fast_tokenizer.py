@@ -153,3 +153,19 @@ def test_lossy_tokenizers_serve_too():
     tokenizer = fast(raw)
     assert tokenizer.encode("The FOX ran").tolist() == [1, 2, 0]
     assert tokenizer.decode([1, 2, 3]) == "the fox"
+
+
+def test_special_tokens_of_a_file_are_found(gpt2_like):
+    assert gpt2_like.special_tokens == ("<unk>", "<pad>")
+    extended = gpt2_like.with_special_tokens(["<pad>", "_start_"])
+    assert (extended.special_id("<pad>"), extended.special_id("_start_")) == (2, 320)
+
+
+def test_special_tokens_that_would_hide_words_or_fill_gaps_are_refused():
+    raw = byte_level()
+    raw.add_tokens([tokenizers.AddedToken("start", normalized=False)])
+    with pytest.raises(UserError, match=r"\(_start_\) cannot be added to .*: a text that spells one of them"):
+        fast(raw).with_special_tokens(["_start_"])
+    gap = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 5}, unk_token="<unk>"))
+    with pytest.raises(UserError, match=r"\(_start_\) cannot be added behind .* numbers below 6 are not in"):
+        fast(gap).with_special_tokens(["_start_"])

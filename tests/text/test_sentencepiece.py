@@ -123,3 +123,14 @@ def test_model_without_separator_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="no control piece"):
         SentencePieceTokenizer((tmp_path / "m.model").read_bytes())
+
+
+def test_special_tokens_leave_the_rest_of_the_model_as_it_is(tokenizer):
+    extended = tokenizer.with_special_tokens(["龍", "_start_"])
+    before, after = (spm.SentencePieceProcessor(model_proto=model.to_bytes()) for model in (tokenizer, extended))
+    assert [after.id_to_piece(n) for n in range(after.vocab_size())] == [
+        *(before.id_to_piece(n) for n in range(330)), "龍", "_start_"
+    ]  # fmt: skip
+    assert [n for n in range(332) if after.is_control(n)] == [1, 330, 331]
+    # A character without a piece is its bytes, also where it is the name of a special token.
+    assert extended.encode("x龍").tolist() == tokenizer.encode("x龍").tolist()

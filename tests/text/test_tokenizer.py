@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
+from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 20
@@ -38,3 +41,52 @@ def test_files_that_are_neither_are_refused(model, tmp_path):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(UserError, match=r"/bad: "):
             read_tokenizer(tmp_path / "bad")
+
+
+NAMES = (START, DELIMITER, CLASSIFY)
+SPELT = st.lists(st.sampled_from([*NAMES, "_start", "_", "<|endoftext|>", "<unk>", " ", "\n", "\u2581", "quick", "é"]))
+ANY = st.one_of(SPELT.map("".join), st.text(st.characters(exclude_categories=["Cs"])))
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "fast"])
+def plain(request, model) -> Tokenizer:
+    return model if request.param == "sentencepiece" else FastTokenizer(fast_tokenizer_json(model))
+
+
+def test_special_tokens_are_behind_the_last_in_order(plain):
+    extended = plain.with_special_tokens(NAMES)
+    assert (plain.special_tokens, extended.special_tokens) == ((), NAMES)
+    assert [extended.special_id(name) for name in NAMES] == [300, 301, 302]
+    assert (extended.vocab_size, extended.separator_id) == (303, plain.separator_id)
+    assert extended.fingerprint != plain.fingerprint
+    with pytest.raises(KeyError, match="_start_"):
+        plain.special_id(START)
+
+
+def test_special_tokens_that_are_there_stay(plain):
+    first = plain.with_special_tokens([CLASSIFY, CLASSIFY])
+    assert first.with_special_tokens([CLASSIFY]) is first
+    assert plain.with_special_tokens([]) is plain
+    both = first.with_special_tokens([START, CLASSIFY, DELIMITER])
+    assert both.special_tokens == (CLASSIFY, START, DELIMITER)
+    assert both.special_id(CLASSIFY) == first.special_id(CLASSIFY) == 300
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ANY)
+def test_text_stays_text_with_special_tokens(plain, text):
+    extended = plain.with_special_tokens(NAMES)
+    stored = load_tokenizer(extended.to_bytes())
+    tokens = plain.encode(text)
+    assert stored.special_tokens == NAMES and type(stored) is type(plain)
+    for tokenizer in (extended, stored):
+        assert tokenizer.encode(text).tolist() == tokens.tolist()
+        assert tokenizer.decode([300, *tokens.tolist(), 302, 1]) == tokenizer.decode(tokens) == text
+
+
+def test_names_of_text_cannot_be_special(plain, model):
+    fast = FastTokenizer(fast_tokenizer_json(model))
+    piece = next(name for name in map(fast.token, range(259, 300)) if len(name) > 1 and name.isalpha())
+    for name in ("<|endoftext|>", "<unk>", piece, ""):
+        with pytest.raises(UserError, match="cannot be a special token of this tokenizer: its vocabulary"):
+            plain.with_special_tokens([START, name])
