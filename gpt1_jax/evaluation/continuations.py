@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -95,8 +94,8 @@ class Predictor:
     def __init__(self, config: Config, mesh: Mesh, separator_id: int):
         if config.model.objective == "masked":
             raise UserError(
-                "model.objective=masked: this model gives a text no probability, so it cannot be asked which of several "
-                "is likelier; evaluate a run trained with model.objective=causal or prefix"
+                "model.objective=masked: this model gives a text no probability, so it cannot be asked which of "
+                "several is likelier; evaluate a run trained with model.objective=causal or prefix"
             )
         devices = axis_size(mesh, "batch")
         self._context_length = config.context_length

@@ -6,7 +6,7 @@ itself that other packages bring.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from etils import epath
@@ -102,9 +102,11 @@ class HarnessModel(TemplateLM):
             UserError: if a task asks for a kind of decoding that there is none of here.
         """
         groups: dict[_Settings, list[int]] = {}
+        encoded = []
         for index, request in enumerate(requests):
-            groups.setdefault(self._settings(request.args[1]), []).append(index)
-        encoded = [np.asarray(self.tok_encode(request.args[0]), np.int32) for request in requests]
+            context, asked = cast(tuple[str, Mapping[str, Any]], request.args)
+            groups.setdefault(self._settings(asked), []).append(index)
+            encoded.append(np.asarray(self.tok_encode(context), np.int32))
         results = [""] * len(requests)
         size, batches = self._config.evaluation.batch_size, 0
         for settings, group in groups.items():
@@ -162,27 +164,42 @@ class HarnessModel(TemplateLM):
         return Continuation(np.asarray(context, np.int32), np.asarray(tokens, np.int32))
 
 
-def evaluate_in_harness(run: Run, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, Any]]:
-    """Asks the tasks of the harness.
+def check_tasks(tasks: Sequence[str]) -> TaskManager:
+    """Looks tasks up; nothing is fetched.
 
     Args:
-        run: the run.
-        tasks: names of tasks and groups that lm-eval knows, or paths of its YAML files.
-        limit: rows of each task, at most; None: all.
+        tasks: names of tasks, groups and tags that lm-eval knows, or paths of its YAML files.
 
     Returns:
-        By task, its metrics as the harness names them, with their standard errors.
+        What knows them.
 
     Raises:
         UserError: if there is no such task.
     """
     known = TaskManager()
     for task in tasks:
-        if not known.match_tasks([task]) and not epath.Path(task).is_file():
+        if task not in known.all_tasks and not epath.Path(task).is_file():
             raise UserError(
                 f"--harness {task}: lm-eval has no such task, and there is no such YAML file"
                 f"{nearest(task, known.all_tasks)}"
             )
+    return known
+
+
+def evaluate_in_harness(
+    run: Run, known: TaskManager, tasks: Sequence[str], limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """Asks tasks of the harness.
+
+    Args:
+        run: the run.
+        known: what :func:`check_tasks` gave.
+        tasks: their names, or paths.
+        limit: rows of each, at most; None: all.
+
+    Returns:
+        By task, its metrics as the harness names them, with their standard errors.
+    """
     found = simple_evaluate(
         model=HarnessModel(run),
         tasks=list(tasks),

@@ -108,8 +108,8 @@ def check_zero_shot(recipe: Recipe) -> None:
             pass
         case Classification() | Entailment() if task.zero_shot is None:
             raise UserError(
-                f"{recipe.name}: the recipe does not say how to ask without training: add task.zero_shot, with a prompt "
-                "and an answer for each class; or fine-tune first, with 'gpt1 finetune'"
+                f"{recipe.name}: the recipe does not say how to ask without training: add task.zero_shot, with a "
+                "prompt and an answer for each class; or fine-tune first, with 'gpt1 finetune'"
             )
         case Classification(zero_shot=ByLogProbability(), train=None):
             raise UserError(
@@ -171,7 +171,7 @@ class ZeroShotEvaluator:
             answers.append(Answer(said, _right(example), scores))
         said, right = [answer.said for answer in answers], [answer.right for answer in answers]
         resamples, seed = recipe.evaluation.resamples, recipe.seeds[0]
-        metrics = {name: measure(name, said, right, resamples, seed) for name in _metrics(task)}
+        metrics: dict[str, Measured] = {name: measure(name, said, right, resamples, seed) for name in _metrics(task)}
         if isinstance(task, LastWord):
             metrics["perplexity"] = word_perplexity([-answer.scores[0] for answer in answers], resamples, seed)
         return ZeroShot(
@@ -225,7 +225,7 @@ def word_perplexity(nats: Sequence[float], resamples: int, seed: int) -> Measure
 def _continuations(task: AnyTask, example: Example) -> list[tuple[str, str]]:
     """Contexts, and the texts behind them whose probabilities answer the question."""
     match task, example:
-        case (Classification() | Entailment()), Labelled(texts):
+        case ((Classification() | Entailment()), Labelled(texts)):
             if not isinstance(task.zero_shot, ByAnswers):
                 return [("", texts[0])]
             names = ("text",) if isinstance(task, Classification) else ("premise", "hypothesis")

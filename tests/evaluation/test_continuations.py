@@ -6,7 +6,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -151,7 +150,9 @@ def test_packed_windows_hide_what_is_before_a_separator(params):
 
 
 def test_a_masked_model_is_refused():
-    masked = Config(model=MODEL.model_copy(update={"objective": "masked"}), evaluation=EvaluationConfig(sample_tokens=4))
+    masked = Config(
+        model=MODEL.model_copy(update={"objective": "masked"}), evaluation=EvaluationConfig(sample_tokens=4)
+    )
     with pytest.raises(UserError, match="gives a text no probability"):
         Predictor(masked, make_mesh(MeshConfig(), jax.devices()[:1]), SEPARATOR)
 

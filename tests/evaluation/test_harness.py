@@ -1,7 +1,6 @@
 """The public harness over a run, beside the same harness over the exported folder, driven by transformers."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from gpt1_jax.config import Config, EvaluationConfig, ModelConfig, TrainConfig
+from gpt1_jax.config import Config, EvaluationConfig, ModelConfig
 from gpt1_jax.data.corpus import Corpus
-from gpt1_jax.errors import UserError
-from gpt1_jax.evaluation.harness import HarnessModel, evaluate_in_harness
+from gpt1_jax.evaluation.harness import HarnessModel
 from gpt1_jax.interop.huggingface import export_huggingface
 from gpt1_jax.model.transformer import init_params
 from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
