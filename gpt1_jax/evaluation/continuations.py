@@ -9,6 +9,7 @@ Shapes: B sequences, T position.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt1_jax.config import Config
+from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.cross_entropy import token_nats_and_greedy
 from gpt1_jax.model.segments import document_starts
-from gpt1_jax.model.sharding import axis_size, batch_sharding, replicated
+from gpt1_jax.model.sharding import axis_size, batch_sharding, constrain
 from gpt1_jax.model.transformer import Params, bind
 from gpt1_jax.text.tokenizer import Tokenizer
 
@@ -101,10 +102,8 @@ class Predictor:
         self._context_length = config.context_length
         self._batch_size = -(-config.evaluation.batch_size // devices) * devices
         self._mesh, self._sharding = mesh, batch_sharding(mesh)
-        self._predict = jax.jit(
-            lambda params, tokens_BT: _predict(config, params, tokens_BT, separator_id),
-            out_shardings=replicated(mesh),
-        )
+        self._model, self._packed = config.model, config.data.windows == "packed"
+        self._separator_id = separator_id
 
     def __call__(self, params: Params, continuations: Sequence[Continuation]) -> list[Prediction]:
         """Predicts every continuation, each token from those before it, in the order given.
@@ -135,6 +134,12 @@ class Predictor:
         if pending:
             found.update(_read(*pending))
         return found
+
+    def _predict(self, params: Params, tokens_BT: Int[Array, "B T+1"]) -> tuple[Array, Array]:
+        model = self._model
+        if tokens_BT.shape[1] <= self._context_length:  # the kernel of attention was chosen for the whole context
+            model = model.model_copy(update={"attention": "xla"})
+        return _predict(params, tokens_BT, self._separator_id, config=model, packed=self._packed)
 
     def _width(self, length: int) -> int:
         """The width of the batches in which a sequence of so many inputs is predicted."""
@@ -199,15 +204,15 @@ def _read(batch: Sequence[bytes], predicted: tuple[Array, Array]) -> Iterator[tu
         yield sequence, Prediction(nats_T[:length].astype(np.float64), greedy_T[:length])
 
 
+@partial(jax.jit, static_argnames=("config", "packed"))
 def _predict(
-    config: Config, params: Params, tokens_BT: Int[Array, "B T+1"], separator_id: int
+    params: Params, tokens_BT: Int[Array, "B T+1"], separator_id: int, *, config: ModelConfig, packed: bool
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Nats of every token but each sequence's first, and whether it is the likeliest; padding means nothing."""
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    model = config.model
-    if inputs_BT.shape[1] < config.context_length:  # for which the kernel of attention was chosen
-        model = model.model_copy(update={"attention": "xla"})
-    network = bind(model, params)
-    starts_BT = document_starts(inputs_BT, separator_id) if config.data.windows == "packed" else None
-    x_BTD, _ = network(inputs_BT, starts_BT=starts_BT)
-    return token_nats_and_greedy(x_BTD, network.output_table, targets_BT, model.loss_positions, model.logit_cap)
+    model = bind(config, params)
+    starts_BT = document_starts(inputs_BT, separator_id) if packed else None
+    x_BTD, _ = model(inputs_BT, starts_BT=starts_BT)
+    found = token_nats_and_greedy(x_BTD, model.output_table, targets_BT, config.loss_positions, config.logit_cap)
+    nats_BT, greedy_BT = (constrain(array, (None, None)) for array in found)  # whole on every host
+    return nats_BT, greedy_BT

@@ -13,13 +13,14 @@ from gpt1_jax.config import Config, DataConfig, EvaluationConfig, MeshConfig, Mo
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation import continuations
 from gpt1_jax.evaluation.continuations import Continuation, Predictor, encode_behind
-from gpt1_jax.model.transformer import bind, init_params
+from gpt1_jax.model.transformer import bind
 from gpt1_jax.training.mesh import make_mesh
 
 MODEL = ModelConfig(
     vocab_size=97, context_length=40, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, dtype="float32", loss_chunk=7
 )
-SEPARATOR = 3
+SEPARATOR, STD = 3, 0.2
+ASKED = (1, 6, 2, 7, 1, 5, 3, 4, 2, 6, 7)  # lengths of contexts, asked on eight devices too
 
 
 def config(batch_size: int = 4, windows: str = "contiguous", **train: int) -> Config:
@@ -28,13 +29,8 @@ def config(batch_size: int = 4, windows: str = "contiguous", **train: int) -> Co
 
 
 @pytest.fixture(scope="module")
-def params():
-    return sharp_params()
-
-
-def sharp_params():
-    """Weights so large that the model is sure of much."""
-    return jax.tree.map(lambda leaf: leaf * 5, init_params(MODEL, jax.random.key(0)))
+def params(draw_params):
+    return draw_params(MODEL, STD)
 
 
 @cache
@@ -125,7 +121,9 @@ def test_a_long_continuation_is_predicted_in_stretches_each_behind_all_that_fits
 def test_few_shapes_are_compiled_and_equal_sequences_are_predicted_once(params, monkeypatch):
     traced = []
     monkeypatch.setattr(continuations, "bind", lambda *args: traced.append(args) or bind(*args))
-    fresh = Predictor(config(), make_mesh(MeshConfig(), jax.devices()[:1]), SEPARATOR)
+    settings = config()
+    settings = settings.model_copy(update={"model": MODEL.model_copy(update={"loss_chunk": 9})})  # not compiled before
+    fresh = Predictor(settings, make_mesh(MeshConfig(), jax.devices()[:1]), SEPARATOR)
     rows: list[int] = []
     monkeypatch.setattr(fresh, "_predict", lambda *args, f=fresh._predict: rows.append(args[1].shape) or f(*args))
     same = [Continuation(ids(3, 5), ids(4, 6))] * 9
@@ -150,9 +148,8 @@ def test_packed_windows_hide_what_is_before_a_separator(params):
 
 
 def test_a_masked_model_is_refused():
-    masked = Config(
-        model=MODEL.model_copy(update={"objective": "masked"}), evaluation=EvaluationConfig(sample_tokens=4)
-    )
+    settings = config()
+    masked = settings.model_copy(update={"model": MODEL.model_copy(update={"objective": "masked"})})
     with pytest.raises(UserError, match="gives a text no probability"):
         Predictor(masked, make_mesh(MeshConfig(), jax.devices()[:1]), SEPARATOR)
 
@@ -190,21 +187,19 @@ from gpt1_jax.evaluation.continuations import Continuation, Predictor
 from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import parameter_axes
 from gpt1_jax.training.mesh import make_mesh
-from test_continuations import MODEL, SEPARATOR, config, ids, sharp_params
+from conftest import random_params
+from test_continuations import ASKED, MODEL, SEPARATOR, STD, config, ids
 
-asked = [Continuation(ids(length), ids(length + 1)) for length in range(1, 12)]
-results = []
-for devices, shape in [(1, MeshConfig()), (8, MeshConfig(data=2, fsdp=2, tensor=2))]:
-    mesh = make_mesh(shape, jax.devices()[:devices])
-    params = sharp_params()
-    placed = jax.device_put(params, tree_shardings(mesh, parameter_axes(MODEL), params))
-    found = Predictor(config(6), mesh, SEPARATOR)(placed, asked)
-    results.append([[one.nats.tolist(), one.greedy.tolist()] for one in found])
-print(json.dumps(results))
+asked = [Continuation(ids(length), ids(length + 1)) for length in ASKED]
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+params = random_params(MODEL, STD)
+placed = jax.device_put(params, tree_shardings(mesh, parameter_axes(MODEL), params))
+found = Predictor(config(6), mesh, SEPARATOR)(placed, asked)  # 8 rows: a multiple of the 4 that a batch is split over
+print(json.dumps([[one.nats.tolist(), one.greedy.tolist()] for one in found]))
 """
 
 
-def test_eight_devices_give_what_one_gives():
+def test_eight_devices_give_what_one_gives(params):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
@@ -214,8 +209,7 @@ def test_eight_devices_give_what_one_gives():
         [sys.executable, "-W", "error", "-c", _ON_MESH], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    one, eight = json.loads(run.stdout)
-    assert len(one) == 11
-    for (nats_1, greedy_1), (nats_8, greedy_8) in zip(one, eight, strict=True):
-        np.testing.assert_allclose(nats_8, nats_1, rtol=1e-5, atol=1e-5)
-        assert greedy_8 == greedy_1
+    expected = predictor()(params, [Continuation(ids(length), ids(length + 1)) for length in ASKED])
+    for one, (nats, greedy) in zip(expected, json.loads(run.stdout), strict=True):
+        np.testing.assert_allclose(nats, one.nats, rtol=1e-5, atol=1e-5)
+        assert greedy == one.greedy.tolist()

@@ -1,23 +1,25 @@
 """The public harness over a run, beside the same harness over the exported folder, driven by transformers."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from gpt1_jax.config import Config, EvaluationConfig, ModelConfig
 from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.errors import UserError
+from gpt1_jax.evaluation import harness
 from gpt1_jax.evaluation.harness import HarnessModel
 from gpt1_jax.interop.huggingface import export_huggingface
-from gpt1_jax.model.transformer import init_params
 from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.run import Run
@@ -69,9 +71,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def run(corpus: Corpus) -> Run:
+def run(corpus: Corpus, draw_params) -> Run:
     config = Config(model=MODEL, evaluation=EvaluationConfig(batch_size=4, sample_tokens=4))
-    params = jax.tree.map(lambda leaf: leaf * 5, init_params(MODEL, jax.random.key(1)))
+    params = draw_params(MODEL, 0.2)
     kernel = params["embedding"]["token_kernel"]
     # The pieces of single bytes are short vectors, never the likeliest: what is generated is text.
     params["embedding"]["token_kernel"] = kernel.at[3:259].multiply(0.1)
@@ -110,9 +112,9 @@ def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = {}
     for name, content in {"choices": CHOICES, "last_words": LAST_WORDS, "texts": TEXTS, "answers": ANSWERS}.items():
-        source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\ntest_split: test\n"
+        dataset = f"dataset_kwargs: {{data_files: {{test: '{data}'}}, cache_dir: '{folder}'}}\ntest_split: test\n"
         paths[name] = folder / f"{name}.yaml"
-        paths[name].write_text(content + source)
+        paths[name].write_text(f"{content}dataset_path: json\n{dataset}")
     return paths
 
 
@@ -162,3 +164,67 @@ def test_the_tasks_tell_right_from_wrong(results):
     found, _ = results
     for task, metric in (("choices", "acc,none"), ("last_words", "acc,none")):
         assert 0 < found["results"][task][metric] < 1
+
+
+def generate(run: Run, contexts: list[str], seed: int = 0, **settings: Any) -> list[str]:
+    requests = [Instance("generate_until", {}, (context, settings), 0) for context in contexts]
+    return HarnessModel(run, batch_size=2, seed=seed).generate_until(requests)
+
+
+def test_sampling_has_a_seed_and_draws_anew_for_each_request(run):
+    settings = {"do_sample": True, "temperature": 1.5, "top_k": 30, "max_gen_toks": 8, "until": []}
+    first = generate(run, ["the cat"] * 4, **settings)
+    assert len(set(first)) == 4
+    assert generate(run, ["the cat"] * 4, **settings) == first
+    assert not set(generate(run, ["the cat"] * 4, seed=9, **settings)) & set(first)
+
+
+def test_requests_are_answered_in_their_order_whatever_their_settings(run):
+    contexts = ["the cat ran far away", "a dog", "birds sing over the hill"]
+    requests = [(context, {"max_gen_toks": tokens, "until": []}) for tokens in (4, 9) for context in contexts]
+    mixed = [requests[index] for index in (3, 0, 4, 1, 5, 2)]
+    alone = [generate(run, [context], **settings)[0] for context, settings in mixed]
+    together = [Instance("generate_until", {}, request, 0) for request in mixed]
+    assert HarnessModel(run, batch_size=2).generate_until(together) == alone
+    assert all(longer.startswith(shorter) for longer, shorter in zip(alone[::2], alone[1::2], strict=True))
+
+
+def test_a_kind_of_decoding_that_there_is_not_is_refused(run):
+    with pytest.raises(UserError, match=r"generation_kwargs num_beams: .* it takes until, max_gen_toks"):
+        generate(run, ["the cat"], until=[], num_beams=4)
+
+
+def test_a_text_of_nothing_costs_nothing(run):
+    assert HarnessModel(run).loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0.0]
+
+
+def test_the_command_asks_tasks_of_the_harness(gpt1, run, tasks, results, monkeypatch):
+    monkeypatch.setattr("gpt1_jax.training.run.open_run", lambda path: run)
+    # Those that lm-eval brings are thousands of files.
+    monkeypatch.setattr(harness, "TaskManager", lambda: TaskManager(include_defaults=False))
+    code, out, _ = gpt1("evaluate", "runs/made", "--harness", tasks["choices"], "--json")
+    assert code == 0
+    found = json.loads(out)["tasks"]["choices"]
+    expected = results[0]["results"]["choices"]
+    assert {name: found[name] for name in ("acc,none", "acc_norm,none")} == {
+        name: expected[name] for name in ("acc,none", "acc_norm,none")
+    }
+    code, out, _ = gpt1("evaluate", "runs/made", "--harness", tasks["choices"], "--limit", 3)
+    assert code == 0
+    assert out.startswith("choices: acc,none ")
+    code, out, err = gpt1("evaluate", "runs/made", "--harness", "no_such_task")
+    assert (code, out) == (2, "")
+    assert "--harness no_such_task: lm-eval has no such task" in err
+
+
+def test_the_model_is_known_to_the_harness_by_its_name():
+    assert get_model("gpt1_jax") is HarnessModel
+
+
+def test_without_the_extra_the_command_says_what_to_install(gpt1, monkeypatch):
+    monkeypatch.delitem(sys.modules, "gpt1_jax.evaluation.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, out, err = gpt1("evaluate", "runs/nowhere", "--harness", "piqa")
+    assert (code, out) == (2, "")
+    assert "pip install 'gpt1-jax[harness]'" in err
+    assert err.count("\n") == 1
