@@ -208,8 +208,8 @@ def _class(row: Row, column: str, labels: tuple[str, ...]) -> int:
     shown = _shown(value(row, column))
     if shown not in labels:
         raise UserError(
-            f"{row.where}: column '{column}' holds {shown!r}, which is none of task.labels={list(labels)}"
-            f"{nearest(shown, labels)}; a value that stands for no label belongs in task.unlabelled"
+            f"{row.where}: column '{column}' holds {shown!r}, which is none of task.labels={list(labels)}; a "
+            f"value that stands for no label belongs in task.unlabelled{nearest(shown, labels)}"
         )
     return labels.index(shown)
 

@@ -92,7 +92,7 @@ def _check(names: Iterable[str], columns: Sequence[str], where: str) -> None:
 def _missing(where: str, column: str, names: Iterable[str]) -> UserError:
     names = list(names)
     return UserError(
-        f"{where}: there is no column '{column}'{nearest(column, names)}; there are: {', '.join(names[:20]) or 'none'}"
+        f"{where}: there is no column '{column}'; there are: {', '.join(names[:20]) or 'none'}{nearest(column, names)}"
     )
 
 
@@ -122,31 +122,28 @@ def _cells(file: BinaryIO, path: str, table: TableFiles, where: str, columns: Se
     """Rows of .csv and .tsv, each under the number of the line that it begins on."""
     comma = file_type(path) == "csv"
     quoted = comma if table.quoted is None else table.quoted
-    reader = csv.reader(
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline=""),
-        delimiter="," if comma else "\t",
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        strict=True,
-    )
     hint = f"'quoted' says whether quotation marks enclose cells, and is {json.dumps(quoted)}"
     names: list[str] | None = None
     line = 1
-    try:
-        for cells in reader:
-            place, line = f"{where}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if names is None:
-                names = cells if table.header else [str(number) for number in range(len(cells))]
-                _check_names(names, place)
-                _check(names, columns, place)
-                if table.header:
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        reader = csv.reader(text, delimiter="," if comma else "\t", quoting=quoting, strict=True)
+        try:
+            for cells in reader:
+                place, line = f"{where}:{line}", reader.line_num + 1
+                if not cells:
                     continue
-            if len(cells) != len(names):
-                raise UserError(f"{place}: {len(cells)} cells, but {len(names)} columns; {hint}")
-            yield Row(place, dict(zip(names, cells, strict=True)))
-    except csv.Error as error:
-        raise UserError(f"{where}:{line}: {error}; {hint}") from None
+                if names is None:
+                    names = cells if table.header else [str(number) for number in range(len(cells))]
+                    _check_names(names, place)
+                    _check(names, columns, place)
+                    if table.header:
+                        continue
+                if len(cells) != len(names):
+                    raise UserError(f"{place}: {len(cells)} cells, but {len(names)} columns; {hint}")
+                yield Row(place, dict(zip(names, cells, strict=True)))
+        except csv.Error as error:
+            raise UserError(f"{where}:{line}: {error}; {hint}") from None
 
 
 def _check_names(names: list[str], where: str) -> None:

@@ -83,9 +83,10 @@ def open_builder(dataset: str, data_dir: str | None, key: str) -> Any:  # its de
             return tfds.builder_from_directory(dataset)
         return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:  # its message lists all of the several hundred names
+        known = nearest(dataset, tfds.list_builders(with_community_datasets=False))
         raise UserError(
-            f"{key}: dataset '{dataset}' cannot be found by tfds{nearest(dataset, tfds.list_builders())}. Without "
-            "TensorFlow, it does not know the older of its datasets"
+            f"{key}: dataset '{dataset}' cannot be found by tfds{known}. Without TensorFlow, it does not know the "
+            "older of its datasets"
         ) from None
     except Exception as error:  # the library raises many kinds, its own and of others
         raise UserError(f"{key}: dataset '{dataset}' cannot be found by tfds: {error}") from None
@@ -119,8 +120,9 @@ def plain(value: Any, feature: Any) -> Any:
         repeated = isinstance(feature, tfds.features.Sequence)
         fields: Any = feature.feature if repeated else feature
         columns = {name: plain(cell, fields[name]) for name, cell in value.items()}
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows] if repeated else columns
+        if not repeated:
+            return columns
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray | np.generic):
