@@ -86,9 +86,12 @@ def _check(
 
 
 def _evaluate_text(
-    folder: epath.Path, text: list[Path] | None, split: Literal["train", "validation"] | None, stride: int | None,
+    folder: epath.Path,
+    text: list[Path] | None,
+    split: Literal["train", "validation"] | None,
+    stride: int | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
     from gpt1_jax.evaluation.perplexity import Evaluator
     from gpt1_jax.finish import corpus_of, split_figures
