@@ -103,12 +103,12 @@ def torch_gpt1(args: argparse.Namespace) -> Window:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config, dataset, order = read(args, 0.0)
     model = config.model
+    labels: dict[str, Any] = {"num_labels": 2}
     sizes = {"n_positions": model.context_length, "n_embd": model.embed_dim, "n_layer": model.num_layers}
-    settings = OpenAIGPTConfig(
-        vocab_size=model.vocab_size, n_head=model.num_heads, num_labels=2, pad_token_id=0, **sizes
-    )
+    settings = OpenAIGPTConfig(vocab_size=model.vocab_size, n_head=model.num_heads, pad_token_id=0, **sizes, **labels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = OpenAIGPTForSequenceClassification(settings).train().to(device)
+    network: Any = OpenAIGPTForSequenceClassification(settings)
+    network.train().to(device)
     groups = [
         {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
         {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
