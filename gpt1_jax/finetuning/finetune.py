@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig
@@ -28,6 +27,7 @@ from gpt1_jax.finetuning.order import EpochOrder
 from gpt1_jax.finetuning.predictions import Answers, Predictor, Split
 from gpt1_jax.finetuning.start import first_params, run_config
 from gpt1_jax.model.transformer import Params, flops_per_token
+from gpt1_jax.reporting.report import write_report
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.hosts import Hosts
@@ -35,7 +35,7 @@ from gpt1_jax.training.loop import Lesson, learn
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 from gpt1_jax.training.metrics import METRICS, read_records
 from gpt1_jax.training.optimizer import make_optimizer
-from gpt1_jax.training.run import RESULTS, Run, check_run, open_run
+from gpt1_jax.training.run import RESULTS, Run, check_run, open_run, read_results
 from gpt1_jax.training.state import TrainState, abstract_state
 from gpt1_jax.training.step import Metrics, TrainStep, compile_step
 from gpt1_jax.training.trained import rate_scales
@@ -193,9 +193,8 @@ def _text(config: FinetuneConfig, base: Run, say: Callable[[str], None]) -> _Tex
 
 def _run(job: _Job, config: Config) -> Record:
     """Fine-tunes with one seed, chooses the best epoch, and measures it."""
-    results = config.run_dir / RESULTS
-    if job.hosts.first(results.exists):
-        return _read_results(results)
+    if done := job.hosts.first(lambda: read_results(config.run_dir)):
+        return done
     validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -234,7 +233,8 @@ def _run(job: _Job, config: Config) -> Record:
         for name, lines in files.items():
             write_atomically(config.run_dir / name, lines)
         # Last: it says that all is done, and which checkpoint is the run's.
-        write_atomically(results, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomically(config.run_dir / RESULTS, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_report([config.run_dir])
     return record
 
 
@@ -292,10 +292,3 @@ def _perplexity(job: _Job, config: Config, run: Run) -> Record | None:
     evaluator = Evaluator(config, job.mesh, job.tokenizer.separator_id)
     score = evaluator(run.params, job.text.tokens, job.config.evaluation.max_tokens)
     return {"of": job.text.name, "tokens": score.tokens, "before": job.text.before, "after": score.perplexity}
-
-
-def _read_results(path: epath.Path) -> Record:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: not what fine-tuning writes: {error}; delete it and run it again") from None
