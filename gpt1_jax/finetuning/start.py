@@ -53,9 +53,7 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
         )
     several = len(config.seeds) > 1
     steps = config.train.epochs * steps_per_epoch
-    update = config.optimizer
-    rule = {name: getattr(update, name) for name in UpdateRule.model_fields}
-    warmup = min(steps, round(update.warmup_fraction * steps))
+    rule = {name: getattr(config.optimizer, name) for name in UpdateRule.model_fields}
     found = Config(
         name=f"seed-{seed}" if several else config.name,
         runs_dir=str(config.run_dir) if several else config.runs_dir,
@@ -75,7 +73,10 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             **{name: getattr(config.train, name) for name in _OF_THE_TRAINING},
         ),
         optimizer=OptimizerConfig(
-            **rule, learning_rate=update.learning_rate, schedule=update.schedule, warmup_steps=warmup
+            **rule,
+            learning_rate=config.optimizer.learning_rate,
+            schedule=config.optimizer.schedule,
+            warmup_steps=round(config.optimizer.warmup_fraction * steps),
         ),
         mesh=config.mesh,
         checkpoint=CheckpointConfig(every=steps_per_epoch, keep=config.train.epochs),  # the best may be any
