@@ -259,7 +259,12 @@ def test_every_key_is_read_somewhere():
         for key, field in section.model_fields.items()
         if (key, field.annotation) not in list(sections(Config))
     }
-    read_by_config = {("optimizer", "warmup_steps"), ("config", "runs_dir"), ("config", "name"), ("model", "loss_chunk")}
+    read_by_config = {
+        ("optimizer", "warmup_steps"),
+        ("config", "runs_dir"),
+        ("config", "name"),
+        ("model", "loss_chunk"),
+    }
     read_by_config |= {("task", "validation"), ("task", "test"), ("task", "by")}
     axes = {("mesh", axis) for axis in ("data", "fsdp", "tensor")}  # read together, as the sizes of the mesh
     assert every - read <= read_by_config | axes
