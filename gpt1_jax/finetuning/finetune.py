@@ -21,10 +21,11 @@ from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
 from gpt1_jax.evaluation.metrics import check_installed
 from gpt1_jax.evaluation.perplexity import Evaluator, Tokens
 from gpt1_jax.finetuning.dataset import Batch, Dataset
+from gpt1_jax.finetuning.folder import check_epochs, check_folder
 from gpt1_jax.finetuning.forms import check_room, encode, special_tokens
 from gpt1_jax.finetuning.loss import finetune_step
 from gpt1_jax.finetuning.order import EpochOrder
-from gpt1_jax.finetuning.predictions import Answers, Predictor, Split
+from gpt1_jax.finetuning.predictions import Answers, Predictor, Split, questions
 from gpt1_jax.finetuning.start import first_params, run_config
 from gpt1_jax.model.transformer import Params, flops_per_token
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def finetune(
         config: task, base and settings.
         hosts: the processes that do it together.
         say: prints a line.
-        allow_changes: go on with runs that another configuration made.
+        allow_changes: go on with runs that another configuration made, and measure them again.
 
     Returns:
         What results.json holds of each run: task, seed, best epoch and its step, the metrics of every epoch, those of
@@ -90,6 +91,7 @@ def finetune(
     Raises:
         UserError: before anything is trained, if something of the configuration, the task or the base is amiss.
     """
+    check_folder(config)
     base, mesh = _open_base(config)
     tokenizer = base.tokenizer.with_special_tokens(special_tokens(config.task))
     context_length = base.config.context_length
@@ -101,13 +103,18 @@ def finetune(
         found, choices = resolve(run_config(config, base.config, tokenizer, order.steps_per_epoch, seed))
         check_mesh(found, mesh)
         check_run(found, allow_changes)
+        check_epochs(found)
         configs.append(found)
-    for line in [*map(str, choices), *_counts(splits)] if hosts.process == 0 else ():
-        say(line)
-    text = _text(config, base, say if hosts.process == 0 else lambda line: None)
+    tell = say if hosts.process == 0 else lambda line: None
+    done = [run for run in configs if not allow_changes and hosts.first((run.run_dir / RESULTS).exists)]
+    for run in done:
+        tell(f"{run.run_dir}: done already, and not measured again; delete its {RESULTS} to have that")
+    for line in (*map(str, choices), *_counts(splits)):
+        tell(line)
+    text = _text(config, base, tell) if len(done) < len(configs) else None
     job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
     del base  # its weights are read again for each seed, and take no memory in between
-    results = [_run(job, found) for found in configs]
+    results = [_read_results(run.run_dir / RESULTS) if run in done else _run(job, run) for run in configs]
     if len(results) > 1 and hosts.process == 0:
         summary = {"task": config.name, "runs": results, "summary": summarize(results)}
         write_atomically(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
@@ -144,12 +151,14 @@ def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
 
 def _read_split(config: FinetuneConfig, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
     examples, unlabelled = read_examples(config.task, name)
-    return Split(name, examples, unlabelled, Dataset(encode(config.task, examples, tokenizer, context_length)))
+    dataset = Dataset(encode(config.task, examples, tokenizer, context_length))
+    asked = None if name == "train" else questions(config.task, name, examples, dataset, tokenizer, context_length)
+    return Split(name, unlabelled, dataset, asked)
 
 
 def _counts(splits: Mapping[str, Split]) -> list[str]:
     return [
-        f"task.{name}: {len(split.examples):,} examples, {split.dataset.truncated:,} of them truncated"
+        f"task.{name}: {len(split.dataset):,} examples, {split.dataset.truncated:,} of them truncated"
         + f", {split.unlabelled:,} rows without a label left out" * bool(split.unlabelled)
         for name, split in splits.items()
     ]
@@ -177,9 +186,6 @@ def _text(config: FinetuneConfig, base: Run, say: Callable[[str], None]) -> _Tex
 
 def _run(job: _Job, config: Config) -> Record:
     """Fine-tunes with one seed, chooses the best epoch, and measures it."""
-    results = config.run_dir / RESULTS
-    if job.hosts.first(results.exists):
-        return _read_results(results)
     validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -208,7 +214,7 @@ def _run(job: _Job, config: Config) -> Record:
         "step": best["step"],
         "epoch": best["epoch"],
         "epochs": epochs,
-        "examples": {name: len(split.examples) for name, split in job.splits.items()},
+        "examples": {name: len(split.dataset) for name, split in job.splits.items()},
         "truncated": {name: split.dataset.truncated for name, split in job.splits.items()},
         "unlabelled": {name: split.unlabelled for name, split in job.splits.items()},
         "figures": figures,
@@ -218,7 +224,7 @@ def _run(job: _Job, config: Config) -> Record:
         for name, lines in files.items():
             write_atomically(config.run_dir / name, lines)
         # Last: it says that all is done, and which checkpoint is the run's.
-        write_atomically(results, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomically(config.run_dir / RESULTS, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
     return record
 
 
