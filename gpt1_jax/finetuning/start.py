@@ -51,6 +51,12 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             f"train.frozen_layers={config.train.frozen_layers}: the model of {config.base} has "
             f"{base.model.num_layers} layers"
         )
+    lora = config.model.lora
+    if lora and "mlp_gate" in lora.targets and base.model.activation != "swiglu":
+        raise UserError(
+            f"model.lora.targets={list(lora.targets)}: the model of {config.base} has no mlp_gate, "
+            f"model.activation={base.model.activation}; leave it out"
+        )
     several = len(config.seeds) > 1
     steps = config.train.epochs * steps_per_epoch
     rule = {name: getattr(config.optimizer, name) for name in UpdateRule.model_fields}
@@ -79,7 +85,8 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             warmup_steps=round(config.optimizer.warmup_fraction * steps),
         ),
         mesh=config.mesh,
-        checkpoint=CheckpointConfig(every=steps_per_epoch, keep=config.train.epochs),  # the best may be any
+        # The best may be any epoch's; one that a signal left behind between two takes the place of none.
+        checkpoint=CheckpointConfig(every=steps_per_epoch, keep=1, keep_every=steps_per_epoch),
         evaluation=base.evaluation.model_copy(
             update={"every": steps_per_epoch, "batch_size": config.evaluation.batch_size}
         ),
