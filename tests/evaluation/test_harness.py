@@ -41,7 +41,7 @@ LAST_WORDS = """
 task: last_words
 output_type: loglikelihood
 doc_to_text: "{{question}}"
-doc_to_target: " {{answer}}"
+doc_to_target: "{{answer}}"
 metric_list: [{metric: perplexity}, {metric: acc}]
 """
 TEXTS = """
@@ -91,7 +91,7 @@ def theirs(run: Run, tmp_path_factory: pytest.TempPathFactory) -> HFLM:
 
 @pytest.fixture(scope="module")
 def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tasks of every kind, whose right answers are what the model itself would say to about half of the questions."""
+    """Tasks of every kind, the right answers to half of the questions what the model itself would say."""
     folder = tmp_path_factory.mktemp("tasks")
     rng = np.random.default_rng(0)
     phrase = lambda count: " ".join(rng.choice(WORDS, count))  # noqa: E731
@@ -103,7 +103,7 @@ def tasks(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
             "question": question,
             "choices": [" " + phrase(rng.integers(1, 4)) for _ in range(3)],
             "label": int(rng.integers(3)),
-            "answer": answer.strip() if number % 2 and answer.strip() else phrase(1),
+            "answer": answer if number % 2 and answer.strip() else f" {phrase(1)}",
             "text": phrase(rng.integers(1, 40)),
         }
         for number, (question, answer) in enumerate(zip(questions, said, strict=True))

@@ -101,7 +101,8 @@ def rows_of(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def recipe(table: dict[str, Any], form: str, **task: Any) -> Recipe:
-    return Recipe.model_validate({"name": "asked", "task": {"form": form, "validation": table} | task})
+    settings = {"name": "asked", "evaluation": {"resamples": 50}}
+    return Recipe.model_validate(settings | {"task": {"form": form, "validation": table} | task})
 
 
 def check(found: list[TaskFigures], scores: list[list[float]], right: list[int]) -> None:
