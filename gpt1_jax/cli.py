@@ -22,6 +22,7 @@ from gpt1_jax.data_commands import data_app
 from gpt1_jax.errors import GPT1Error, UserError
 from gpt1_jax.evaluate_command import evaluate, print_figures
 from gpt1_jax.finetune_command import finetune
+from gpt1_jax.generate_command import generate
 from gpt1_jax.plan_command import plan
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
@@ -116,10 +117,11 @@ def train(
     from gpt1_jax.training.hosts import join
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
-    from gpt1_jax.training.run import check_run, check_shared
+    from gpt1_jax.training.run import check_pretraining, check_run, check_shared
 
     keep_freed_memory()
     settings = load_config(config, overrides or ())
+    check_pretraining(settings)
     with join(settings, say) as hosts, compilation_cache(settings):
         # Where a process is belongs to this start, and not to the run.
         settings, choices = resolve(settings.model_copy(update={"distributed": DistributedConfig()}))
@@ -139,59 +141,12 @@ def train(
         _print_finished(finished, as_json)
 
 
-@app.command(
+app.command(
     epilog='Examples:\n\n  gpt1 generate runs/tiny "The array"\n\n'
-    '  gpt1 generate runs/tiny "Return the" --temperature 0.8 --top-k 40 --tokens 60 --seed 1'
-)
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; may be empty.")],
-    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens whose probabilities reach p.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the random draws.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Continue a text, printed as it is generated, up to the end of the document."""
-    from gpt1_jax.generation.decode import prompt_room, stream
-    from gpt1_jax.generation.detokenize import Detokenizer
-    from gpt1_jax.generation.sampling import Sampling
-    from gpt1_jax.training.run import open_run
-
-    def show(text: str) -> None:
-        if not as_json:
-            print(text, end="", flush=True)
-
-    sampling = Sampling(temperature, top_k, top_p)
-    opened = open_run(run)
-    ids = opened.tokenizer.encode(prompt)
-    room = prompt_room(opened.config, tokens)
-    if len(ids) > room:
-        say(f"warning: the prompt has {len(ids)} tokens, the context has room for {room}: its beginning is cut off")
-    started = time.perf_counter()
-    pieces = stream(
-        opened.config,
-        opened.params,
-        [ids],
-        sampling=sampling,
-        max_tokens=tokens,
-        seed=seed,
-        separator_id=opened.tokenizer.separator_id,
-    )
-    detokenizer = Detokenizer(opened.tokenizer.decode, ids)
-    completion, count = "", 0
-    show(prompt)
-    for (new,) in pieces:
-        count += len(new)
-        text = detokenizer.push(new)
-        show(text)
-        completion += text
-    rest = detokenizer.flush()
-    show(rest + "\n")
-    if as_json:
-        seconds = time.perf_counter() - started
-        print_json({"prompt": prompt, "completion": completion + rest, "tokens": count, "seconds": seconds})
+    '  gpt1 generate runs/tiny "Return the" --temperature 0.8 --top-k 40 --tokens 60 --seed 1\n\n'
+    '  gpt1 generate runs/tiny "Return the" --beams 4\n\n'
+    "  gpt1 generate runs/chat --chat"
+)(generate)
 
 
 @app.command(epilog="Examples:\n\n  gpt1 report runs/tiny\n\n  gpt1 report runs/tiny runs/wide --out comparison.html")

@@ -13,7 +13,7 @@ from gpt1_jax.console import Json, RunFolder, print_json
 from gpt1_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from gpt1_jax.evaluation.zero_shot import ZeroShot
+    from gpt1_jax.evaluation.zero_shot import TaskFigures
     from gpt1_jax.training.run import Run
 
 
@@ -31,7 +31,9 @@ def evaluate(
     task: Annotated[
         list[epath.Path] | None,
         typer.Option(
-            metavar="RECIPE", help="Ask a task instead, without training; may be repeated.", parser=epath.Path
+            metavar="RECIPE",
+            help="Ask a task instead, trained for it or not; may be repeated.",
+            parser=epath.Path,
         ),
     ] = None,
     harness: Annotated[
@@ -122,16 +124,18 @@ def _evaluate_tasks(
     from gpt1_jax.config_file import load
     from gpt1_jax.data.storage import write_atomically
     from gpt1_jax.evaluation.zero_shot import ZeroShotEvaluator, check_zero_shot
+    from gpt1_jax.finetuning.evaluate import can_answer, evaluate_finetuned
     from gpt1_jax.training.run import open_run
 
     asked = [load(Recipe, recipe) for recipe in recipes]
-    for recipe in asked:
-        check_zero_shot(recipe)
     run = open_run(folder)
-    evaluate_task = ZeroShotEvaluator(run)
-    found: list[ZeroShot] = []
+    untrained = [recipe for recipe in asked if not can_answer(run, recipe.task)]
+    for recipe in untrained:
+        check_zero_shot(recipe)
+    ask = ZeroShotEvaluator(run) if untrained else None
+    found: list[TaskFigures] = []
     for recipe in asked:
-        for result in evaluate_task(recipe, limit):
+        for result in ask(recipe, limit) if ask and recipe in untrained else evaluate_finetuned(run, recipe, limit):
             found.append(result)
             if not as_json:
                 _print_task(result)
@@ -167,19 +171,19 @@ def _of_run(run: "Run") -> dict[str, Any]:
     return {"run": str(run.path), "step": run.step}
 
 
-def _shown(result: "ZeroShot") -> dict[str, Any]:
+def _shown(result: "TaskFigures") -> dict[str, Any]:
     """A result as JSON, without the answers."""
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     del fields["answers"]
     return fields | {"metrics": {name: measured._asdict() for name, measured in result.metrics.items()}}
 
 
-def _lines(result: "ZeroShot") -> list[dict[str, Any]]:
+def _lines(result: "TaskFigures") -> list[dict[str, Any]]:
     place = {"task": result.task, "split": result.split}
     return [place | {"example": number} | answer._asdict() for number, answer in enumerate(result.answers, 1)]
 
 
-def _print_task(result: "ZeroShot") -> None:
+def _print_task(result: "TaskFigures") -> None:
     metrics = []
     for name, (value, low, high) in result.metrics.items():
         interval = "" if low is None or high is None else f" ({low:,.2f} to {high:,.2f})"

@@ -16,7 +16,7 @@ A prompt begins a document, so it stands behind a separator, as every document i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -58,18 +58,18 @@ class Answer(NamedTuple):
 
     Attributes:
         said: the number of the class or of the answer; of a last word whether all of it is greedy, of a minimal pair
-            whether the better sentence is the likelier.
+            whether the better sentence is the likelier; where a fine-tuned model says that, a number or a text.
         right: what it should have said.
         scores: log-probabilities of the possible answers, in nats: of them whole, or of a token of them.
     """
 
-    said: int
-    right: int
+    said: Any
+    right: Any
     scores: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class ZeroShot:
+class TaskFigures:
     """What a task gave on one of its splits.
 
     Attributes:
@@ -139,7 +139,7 @@ class ZeroShotEvaluator:
         self._run = run
         self._predictor = Predictor(run.config, run.mesh, run.tokenizer.separator_id)
 
-    def __call__(self, recipe: Recipe, limit: int | None = None) -> list[ZeroShot]:
+    def __call__(self, recipe: Recipe, limit: int | None = None) -> list[TaskFigures]:
         """Asks the validation split of a task, and its test split if it has one.
 
         Args:
@@ -149,7 +149,7 @@ class ZeroShotEvaluator:
         Raises:
             UserError: if a table cannot be read, or a row of it cannot be asked.
         """
-        task = _limited(recipe.task, limit)
+        task = limited(recipe.task, limit)
         threshold = None
         if isinstance(task, Classification) and isinstance(task.zero_shot, ByLogProbability):
             examples, _ = read_examples(task, "train")
@@ -157,7 +157,7 @@ class ZeroShotEvaluator:
             threshold = best_threshold(task.metrics[0], scores, [_right(example) for example in examples])
         return [self._ask(recipe, task, split, threshold) for split in ("validation", "test") if split in task.tables]
 
-    def _ask(self, recipe: Recipe, task: AnyTask, split: str, threshold: float | None) -> ZeroShot:
+    def _ask(self, recipe: Recipe, task: AnyTask, split: str, threshold: float | None) -> TaskFigures:
         examples, unlabelled = read_examples(task, split)
         answers = []
         for example, row in zip(examples, self._predictions(task, examples, split), strict=True):
@@ -174,7 +174,7 @@ class ZeroShotEvaluator:
         metrics: dict[str, Measured] = {name: measure(name, said, right, resamples, seed) for name in _metrics(task)}
         if isinstance(task, LastWord):
             metrics["perplexity"] = word_perplexity([-answer.scores[0] for answer in answers], resamples, seed)
-        return ZeroShot(
+        return TaskFigures(
             task=recipe.name,
             split=split,
             form=task.form,
@@ -280,7 +280,7 @@ def _metrics(task: AnyTask) -> tuple[Metric, ...]:
     return task.metrics if isinstance(task, LabelledTask | MultipleChoice) else ("accuracy",)
 
 
-def _limited(task: AnyTask, limit: int | None) -> AnyTask:
+def limited(task: AnyTask, limit: int | None) -> AnyTask:
     """The task with at most so many rows in each of its tables."""
     if limit is None:
         return task

@@ -12,7 +12,7 @@ import pytest
 from gpt1_jax.config import Config, EvaluationConfig, MeshConfig, ModelConfig, Recipe
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.zero_shot import (
-    ZeroShot,
+    TaskFigures,
     ZeroShotEvaluator,
     best_threshold,
     check_zero_shot,
@@ -104,7 +104,7 @@ def recipe(table: dict[str, Any], form: str, **task: Any) -> Recipe:
     return Recipe.model_validate({"name": "asked", "task": {"form": form, "validation": table} | task})
 
 
-def check(found: list[ZeroShot], scores: list[list[float]], right: list[int]) -> None:
+def check(found: list[TaskFigures], scores: list[list[float]], right: list[int]) -> None:
     (only,) = found
     assert (only.task, only.split, only.rows, only.unlabelled) == ("asked", "validation", len(scores), 0)
     np.testing.assert_allclose([answer.scores for answer in only.answers], scores, rtol=1e-5, atol=1e-5)
