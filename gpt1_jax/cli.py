@@ -183,6 +183,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run as a folder that needs nothing of this project: weights, configuration, tokenizer, README."""
+    from gpt1_jax.interop.finetuned import read_results
     from gpt1_jax.interop.huggingface import export_huggingface
     from gpt1_jax.interop.stablehlo import export_stablehlo
     from gpt1_jax.interop.staging import check_new
@@ -200,7 +201,8 @@ def export(
     check_new(folder)
     opened = open_run(run)
     if to == "huggingface":
-        files = export_huggingface(opened, folder, read_final(run), shard_bytes)
+        figures = read_results(opened) if opened.config.finetune else read_final(run)
+        files = export_huggingface(opened, folder, figures, shard_bytes)
         made = f"weights in {len(files)} file(s)"
     else:
         made = " and ".join(export_stablehlo(opened, folder, dtype or "float32"))
@@ -224,7 +226,7 @@ def import_(
     """Make a run of a GPT-1 that was trained elsewhere: it evaluates, generates, fine-tunes and trains on."""
     from gpt1_jax.interop.importing import import_run
 
-    config = import_run(folder, run, overrides or ())
+    config = import_run(folder, run, overrides or (), say)
     print(
         f"{run} is imported: {config.model.num_layers} layers of width {config.model.embed_dim}, "
         f"{config.model.vocab_size:,} tokens.\n"
