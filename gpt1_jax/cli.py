@@ -3,7 +3,6 @@
 Results go to standard output; logs, progress and errors to standard error.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,9 +10,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from etils import epath
@@ -22,6 +20,8 @@ from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
 from gpt1_jax.data.storage import is_remote, storage_fault
 from gpt1_jax.data_commands import data_app
 from gpt1_jax.errors import GPT1Error, UserError
+from gpt1_jax.evaluate_command import evaluate, print_figures
+from gpt1_jax.finetune_command import finetune
 from gpt1_jax.generate_command import generate
 from gpt1_jax.plan_command import plan
 
@@ -44,6 +44,19 @@ app.command(
     epilog="Examples:\n\n  gpt1 plan configs/gpt1.yaml --topology v5e:4x4\n\n"
     "  gpt1 plan configs/gpt1.yaml --topology v5p-128 --slices 2 train.batch_size=4096 --json"
 )(plan)
+app.command(
+    epilog="Examples:\n\n  gpt1 evaluate runs/tiny\n\n"
+    "  gpt1 evaluate runs/tiny --text README.md --text LICENSE --json\n\n"
+    "  gpt1 evaluate runs/gpt1 --task data/tasks/sst2.yaml --task data/tasks/cola.yaml --predictions said.jsonl\n\n"
+    "  gpt1 evaluate runs/gpt1 --harness lambada_openai --harness blimp --limit 100"
+)(evaluate)
+
+app.command(
+    epilog="Examples:\n\n  gpt1 finetune data/tasks/sst2.yaml base=runs/gpt1\n\n"
+    "  gpt1 finetune data/tasks/rte.yaml base=runs/gpt1 name=rte 'seeds=[0, 1, 2]' train.auxiliary=0 --json\n\n"
+    "  gpt1 finetune data/tasks/sst2.yaml base=runs/gpt1 name=lora 'model.lora={}' optimizer.learning_rate=1e-3\n\n"
+    "Stop it with Ctrl-C and run the same command again: it goes on where it stopped."
+)(finetune)
 
 ConfigFile = Annotated[
     epath.Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.", parser=epath.Path)
@@ -125,48 +138,6 @@ def train(
         finished = finish(settings.run_dir, corpus, mesh, hosts)
     if finished:
         _print_finished(finished, as_json)
-
-
-@app.command(
-    epilog="Examples:\n\n  gpt1 evaluate runs/tiny\n\n  gpt1 evaluate runs/tiny --text README.md --text LICENSE --json"
-)
-def evaluate(
-    run: RunFolder,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Evaluate a UTF-8 text file instead of a split; may be repeated.")
-    ] = None,
-    split: Annotated[
-        Literal["train", "validation"] | None, typer.Option(help="The split of the run's corpus; else validation.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows; smaller gives each token more context.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity per token and per word, and bits per byte beside xz, each token counted once."""
-    from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
-    from gpt1_jax.evaluation.perplexity import Evaluator
-    from gpt1_jax.finish import corpus_of, split_figures
-    from gpt1_jax.training.run import open_run
-
-    if text and split:
-        raise UserError(f"--text and --split {split} exclude each other: evaluate files or a split of the corpus")
-    opened = open_run(run)
-    config = opened.config
-    if stride is not None:
-        if stride > config.context_length:
-            raise UserError(f"--stride {stride} is longer than the context, {config.context_length} tokens")
-        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"stride": stride})})
-    if text:
-        evaluator = Evaluator(config, opened.mesh, opened.tokenizer.separator_id)
-        figures = evaluate_texts(evaluator, opened.params, read_texts(text), opened.tokenizer)
-    else:
-        figures = split_figures(dataclasses.replace(opened, config=config), corpus_of(opened), split or "validation")
-    shown = dataclasses.asdict(figures)
-    if as_json:
-        print_json(shown)
-    else:
-        _print_figures(shown)
 
 
 app.command(
@@ -293,7 +264,7 @@ def _print_finished(finished: "Finished", as_json: bool) -> None:
         print_json({"run": str(path), **finished.final, "sample": sample, "report": str(finished.report)})
         return
     print(f"\n{path} is trained: {run.step:,} steps.\n")
-    _print_figures(finished.final)
+    print_figures(finished.final)
     if sample:
         print("\nSample:")
         print(textwrap.indent((sample["prompt"] + sample["completion"]).strip(), "  "))
@@ -305,22 +276,6 @@ def _print_finished(finished: "Finished", as_json: bool) -> None:
         f"  .venv/bin/gpt1 train {path}/config.yaml name=longer train.steps={4 * run.config.train.steps}\n"
         f"\nReport: {finished.report}"
     )
-
-
-def _print_figures(figures: Mapping[str, Any]) -> None:
-    print(f"{figures['split']}: {figures['documents']:,} documents")
-    if figures.get("pseudo_perplexity") is not None:
-        print(f"  pseudo-perplexity {figures['pseudo_perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
-        print("  a masked model gives a text no probability: no perplexity, no bits per byte")
-        return
-    words = "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}"
-    print(f"  perplexity       {figures['perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
-    print(f"  word perplexity  {words} per word  ({figures['words']:,} words)")
-    xz = f"xz -9: {figures['xz_bits_per_byte']:.4f}"
-    print(f"  bits per byte    {figures['bits_per_byte']:.4f}  ({figures['bytes']:,} bytes; {xz})")
-    if figures.get("limit_nats") is not None:
-        excess = f"{figures['excess_nats_per_document']:,.2f} nats per document ({figures['excess_percent']:.1f} %)"
-        print(f"  limit            {figures['limit_nats']:,.1f} nats; excess {excess}")
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ class ModelConfig(Section):
     scan_layers: bool = False  # one layer in a loop (compiles sooner) instead of all in a row (runs faster)
     remat: Literal["none", "full"] = "none"  # recompute each layer in the backward pass: less memory, more arithmetic
     loss_chunk: PositiveInt | Literal["auto"] = "auto"  # positions of each sequence whose logits exist at once
+    special_tokens: NonNegativeInt = 0  # of the vocabulary the last so many, which fine-tuning appended
     num_classes: PositiveInt | None = None  # outputs of the classifier that fine-tuning adds; null: there is none
     classifier_dropout: Fraction = 0.1  # on the state that the classifier reads
     lora: LoraConfig | None = None  # null: none
@@ -393,14 +394,13 @@ class FinetuneEvaluationConfig(Section):
     max_tokens: PositiveInt | None = 200_000  # so many of them at most; null: all
 
 
-class FinetuneConfig(Section):
-    """What ``gpt1 finetune`` reads: a task, the run to begin with, and the paper's settings (section 4.1)."""
+class _Recipe(Section):
+    """A file of data/tasks/, but for the task itself."""
 
     name: RunName = "finetuned"
     runs_dir: str = "runs"
     base: str | None = None  # the run to begin with: pre-trained, imported, or fine-tuned itself
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # several: a run for each, and their mean and median
-    task: LearnableTask
     model: FinetuneModelConfig = FinetuneModelConfig()
     train: FinetuneTrainConfig = FinetuneTrainConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
@@ -415,13 +415,19 @@ class FinetuneConfig(Section):
         return epath.Path(self.runs_dir) / self.name
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> "FinetuneConfig":
+    def _seeds_differ(self) -> "_Recipe":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)}: give every seed once")
         return self
 
 
-class Recipe(FinetuneConfig):
+class FinetuneConfig(_Recipe):
+    """What ``gpt1 finetune`` reads: a task, the run to begin with, and the paper's settings (section 4.1)."""
+
+    task: LearnableTask
+
+
+class Recipe(_Recipe):
     """What ``gpt1 evaluate --task`` reads: the same file, and the forms that are only asked without training."""
 
     task: AnyTask

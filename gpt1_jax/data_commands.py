@@ -39,8 +39,8 @@ def show(
 ) -> None:
     """Print what a step was trained on: each row's documents, where they are from, and their text."""
     from gpt1_jax.config_file import load_config
+    from gpt1_jax.data.corpus import find_corpus
     from gpt1_jax.data.lineage import trace
-    from gpt1_jax.finish import find_corpus
     from gpt1_jax.training.history import order_at
     from gpt1_jax.training.run import CONFIG
 

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.corpus import Corpus, find_corpus
 from gpt1_jax.data.documents import read_documents
 from gpt1_jax.data.manifest import Split
 from gpt1_jax.data.storage import write_atomically
@@ -84,22 +84,6 @@ def corpus_of(run: Run) -> Corpus:
             f"train it with 'gpt1 train {run.path}/config.yaml'"
         )
     return find_corpus(run.corpus, run.config, run.path)
-
-
-def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:
-    """A corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed.
-
-    Raises:
-        UserError: if it is not there.
-    """
-    root = epath.Path(config.data.root)
-    folders = list(root.glob(f"*-{fingerprint}"))
-    if not folders:
-        raise UserError(
-            f"{root}: the corpus of {run} (fingerprint {fingerprint}) is not here; run from the folder that it was "
-            "trained from"
-        )
-    return Corpus(folders[0], config.data.verify, config.data.readers)
 
 
 def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Finished | None:

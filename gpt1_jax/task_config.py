@@ -54,7 +54,7 @@ class TableToy(Section):
 
     kind: Literal["toy_language", "toy_dialogue"]
     split: Literal["train", "validation"]
-    rows: PositiveInt = 2000
+    rows: Annotated[int, Field(gt=0, le=100_000)] = 2000
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 

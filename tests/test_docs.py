@@ -18,13 +18,12 @@ from gpt1_jax.config import (
     ModelConfig,
     NearDuplicates,
     OptimizerConfig,
-    Quality,
-    Source,
 )
 from gpt1_jax.config_file import load_config, parse_config
 from gpt1_jax.evaluation.figures import Figures
 from gpt1_jax.model.transformer import num_parameters
 from gpt1_jax.planning.plan import Plan
+from gpt1_jax.source_config import Quality, Source
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 

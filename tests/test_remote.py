@@ -175,7 +175,7 @@ def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
     state = TrainState(
         step=jnp.int32(1), params={"w": jnp.arange(6.0).reshape(2, 3)}, opt_state={"m": jnp.ones(3)}, key=jnp.arange(2)
     )
-    files = RunFiles(config="a: 1\n", tokenizer=b"\0model", examples=8, corpus="f" * 16)
+    files = RunFiles(config="a: 1\n", tokenizer=b"\0model", examples=8, data="f" * 16, corpus="f" * 16)
     keep = CheckpointConfig(keep=2, keep_every=3)
     with Checkpoints(bucket, keep) as checkpoints:
         assert checkpoints.latest() is None

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gpt1_jax.config import Config
 from gpt1_jax.data.integrity import damage_of
 from gpt1_jax.data.manifest import FileSum, Manifest, Shard, Split, read_manifest
 from gpt1_jax.data.storage import AnyPath, file_system, is_remote, storage_errors, storage_fault
-from gpt1_jax.errors import DamagedError, StorageError
+from gpt1_jax.errors import DamagedError, StorageError, UserError
 from gpt1_jax.pool import available_cores
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -118,6 +119,22 @@ class Corpus:
     def _sum(self, file: str) -> FileSum | None:
         """What a file is compared with; None: nothing."""
         return self.manifest.files[file] if self._verify else None
+
+
+def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:
+    """A corpus that a run was trained on, found by its fingerprint: its sources may be gone or changed.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    root = epath.Path(config.data.root)
+    folders = list(root.glob(f"*-{fingerprint}"))
+    if not folders:
+        raise UserError(
+            f"{root}: the corpus of {run} (fingerprint {fingerprint}) is not here; run from the folder that it was "
+            "trained from"
+        )
+    return Corpus(folders[0], config.data.verify, config.data.readers)
 
 
 class TokenStream:

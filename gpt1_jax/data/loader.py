@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,15 +19,16 @@ from jax.sharding import Sharding
 class Examples(Protocol):
     """A sequence of training examples that is a pure function of their global index."""
 
-    context_length: int
+    def examples(self, indices: np.ndarray) -> Any:
+        """Examples ``indices``, n of one batch: an array [n, ...], or a tree of such arrays.
 
-    def examples(self, indices: np.ndarray) -> np.ndarray:
-        """Examples ``indices``, int32 [n, context_length + 1]."""
+        All but n is the same for any of the examples of a batch.
+        """
         ...
 
 
-def global_batch(examples: Examples, position: int, batch_size: int, sharding: Sharding) -> jax.Array:
-    """Examples [position, position + batch_size) as one array over all processes.
+def global_batch(examples: Examples, position: int, batch_size: int, sharding: Sharding) -> Any:
+    """Examples [position, position + batch_size) as arrays over all processes.
 
     Each process reads only the rows that its own devices hold, each of them once.
 
@@ -35,27 +36,31 @@ def global_batch(examples: Examples, position: int, batch_size: int, sharding: S
         examples: where they come from.
         position: global index of the first.
         batch_size: rows of the global batch.
-        sharding: of the result.
+        sharding: of the result, along its rows.
 
     Returns:
-        int32 [batch_size, context_length + 1]; row i is example position + i on any number of devices.
+        An array [batch_size, ...], or a tree of them; row i is example position + i on any number of devices.
     """
-    shape = (batch_size, examples.context_length + 1)
-    read: dict[tuple[int, int], np.ndarray] = {}  # devices along other axes than the batch's ask for the same rows
+    # Devices along other axes than the batch's hold the same rows.
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    held = sorted({index[0].indices(batch_size)[:2] for index in indices if index is not None})
+    read = {rows: examples.examples(np.arange(position + rows[0], position + rows[1])) for rows in held}
+    leaves = {rows: jax.tree.leaves(tree) for rows, tree in read.items()}
+    structure = jax.tree.structure(next(iter(read.values())))
 
-    def rows(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        start, stop, _ = index[0].indices(batch_size)
-        if (start, stop) not in read:
-            read[start, stop] = examples.examples(np.arange(position + start, position + stop))
-        return read[start, stop][:, index[1]]
+    def joined(number: int, part: np.ndarray) -> jax.Array:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return leaves[index[0].indices(batch_size)[:2]][number]
+
+        return jax.make_array_from_callback((batch_size, *part.shape[1:]), sharding, rows)
 
     # The transfer is meant, but JAX counts that of a callback's arrays as an implicit one.
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_callback(shape, sharding, rows)
+        return structure.unflatten([joined(*pair) for pair in enumerate(next(iter(leaves.values())))])
 
 
-class Batches(Iterator[tuple[int, jax.Array]]):
+class Batches(Iterator[tuple[int, Any]]):
     """Iterates over (position, batch) for ever; a thread keeps the next batches on the devices.
 
     Position is the global index of the batch's first example, so ``position + batch_size`` is where to go on after it.
@@ -78,7 +83,7 @@ class Batches(Iterator[tuple[int, jax.Array]]):
         self._close.atexit = False  # pyrefly: ignore[missing-attribute]  # a property, which the stub declares amiss
         atexit.register(self._close)
 
-    def __next__(self) -> tuple[int, jax.Array]:
+    def __next__(self) -> tuple[int, Any]:
         return self._worker.next()
 
     def __enter__(self) -> "Batches":
@@ -97,7 +102,7 @@ class _Worker:
     """The thread of :class:`Batches`, apart from it so that the thread does not keep the iterator alive."""
 
     def __init__(self, examples: Examples, batch_size: int, sharding: Sharding, position: int, prefetch: int):
-        self._ready: SimpleQueue[tuple[int, jax.Array] | BaseException] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[int, Any] | BaseException] = SimpleQueue()
         self._room = threading.Semaphore(prefetch)
         self._end: BaseException | None = None  # why there is no next batch
         self._stopping = threading.Event()
@@ -117,7 +122,7 @@ class _Worker:
         except BaseException as error:  # whatever it is, next() raises it in the thread that waits
             self._ready.put(error)
 
-    def next(self) -> tuple[int, jax.Array]:
+    def next(self) -> tuple[int, Any]:
         if self._end is None:
             item = self._ready.get()
             if not isinstance(item, BaseException):

@@ -147,7 +147,7 @@ def evaluate_texts(evaluator: Evaluator, params: Params, texts: Iterable[str], t
     encoded = [np.append(tokenizer.encode(text), np.int32(tokenizer.separator_id)) for text in counts.count(texts)]
     if not counts.bytes:
         raise UserError("there is no text to evaluate: it is empty")
-    return counts.figures("text", evaluator(params, _ArrayTokens(np.concatenate(encoded))))
+    return counts.figures("text", evaluator(params, ArrayTokens(np.concatenate(encoded))))
 
 
 def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
@@ -171,7 +171,7 @@ def read_texts(paths: Sequence[str | Path]) -> Iterator[str]:
         yield text
 
 
-class _ArrayTokens:
+class ArrayTokens:
     """An array as a stream."""
 
     def __init__(self, tokens: np.ndarray):
@@ -181,4 +181,5 @@ class _ArrayTokens:
         return len(self._tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop)."""
         return self._tokens[start:stop]

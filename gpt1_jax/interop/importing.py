@@ -98,7 +98,7 @@ def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) ->
     _refuse(folder, source.problems + problems)
     params = params_from(lambda name: source.read(stored[name]), config.model)
     with in_bucket(run_dir) if is_remote(run_dir) else staged(Path(run_dir)) as made:
-        files = RunFiles(config.to_yaml(), source.tokenizer.to_bytes(), examples=0, corpus=None)
+        files = RunFiles(config.to_yaml(), source.tokenizer.to_bytes(), examples=0, data=None, corpus=None)
         with Checkpoints(made, CheckpointConfig()) as checkpoints:
             checkpoints.save_imported(params, files)
             checkpoints.wait()

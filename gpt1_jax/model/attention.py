@@ -17,6 +17,7 @@ from gpt1_jax.model.attention_kernels import cudnn_attention, splash_attention
 from gpt1_jax.model.causal_attention import causal_attention
 from gpt1_jax.model.dropout import DropoutKey, dropout, seed_of
 from gpt1_jax.model.layers import Linear, branch_std, make_norm
+from gpt1_jax.model.lora import lora_of
 from gpt1_jax.model.rotary import rotate
 from gpt1_jax.model.segments import same_document
 from gpt1_jax.model.sharding import constrain, split_axes
@@ -102,9 +103,10 @@ class Attention(nnx.Module):
         embed, bias = {"embed": config.embed_dim}, config.bias
         # Apart from each other: as one product their gradients would have to be joined in memory first.
         self.query, self.key, self.value = (
-            Linear(embed, outputs, dtype, rngs, bias=bias) for outputs in (heads, kv_heads, kv_heads)
+            Linear(embed, outputs, dtype, rngs, bias=bias, lora=lora_of(config, name))
+            for name, outputs in (("query", heads), ("key", kv_heads), ("value", kv_heads))
         )
-        self.out = Linear(heads, embed, dtype, rngs, bias=bias, std=branch_std(config))
+        self.out = Linear(heads, embed, dtype, rngs, bias=bias, std=branch_std(config), lora=lora_of(config, "out"))
         norms = [make_norm(config, config.head_dim, "head_dim") if config.qk_norm else None for _ in range(2)]
         self.query_norm, self.key_norm = norms
         self.rotary = config.positions == "rotary"

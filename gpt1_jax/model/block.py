@@ -9,6 +9,7 @@ from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.attention import Attention, KVCache
 from gpt1_jax.model.dropout import DropoutKey, dropout
 from gpt1_jax.model.layers import Linear, branch_std, gelu, make_norm
+from gpt1_jax.model.lora import lora_of
 
 
 class Block(nnx.Module):
@@ -22,9 +23,11 @@ class Block(nnx.Module):
         embed, mlp, bias = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}, config.bias
         self.attention = Attention(config, dtype, rngs)
         self.ln_1 = make_norm(config, config.embed_dim)
-        self.mlp_in = Linear(embed, mlp, dtype, rngs, bias=bias)
-        self.mlp_out = Linear(mlp, embed, dtype, rngs, bias=bias, std=branch_std(config))
-        self.mlp_gate = Linear(embed, mlp, dtype, rngs, bias=bias) if config.activation == "swiglu" else None
+        lora = {name: lora_of(config, name) for name in ("mlp_in", "mlp_out", "mlp_gate")}
+        self.mlp_in = Linear(embed, mlp, dtype, rngs, bias=bias, lora=lora["mlp_in"])
+        self.mlp_out = Linear(mlp, embed, dtype, rngs, bias=bias, std=branch_std(config), lora=lora["mlp_out"])
+        gated = config.activation == "swiglu"
+        self.mlp_gate = Linear(embed, mlp, dtype, rngs, bias=bias, lora=lora["mlp_gate"]) if gated else None
         self.ln_2 = make_norm(config, config.embed_dim)
         self.dropout_rate = config.dropout
         self.pre_norm = config.norm_position == "pre"

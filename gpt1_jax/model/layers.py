@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gpt1_jax.config import ModelConfig
+from gpt1_jax.config import LoraConfig, ModelConfig
+from gpt1_jax.model.lora import lora_scale
 from gpt1_jax.model.products import affine
 
 INIT_STD = 0.02  # paper, 4.1: weights start from N(0, 0.02)
@@ -45,6 +46,7 @@ class Linear(nnx.Module):
         rngs: source of the kernel's random key.
         bias: whether a bias is added.
         std: standard deviation of the initial kernel.
+        lora: a low-rank update beside the kernel, at first zero (Hu et al. 2021, section 4.1); None: none.
     """
 
     def __init__(
@@ -56,18 +58,33 @@ class Linear(nnx.Module):
         *,
         bias: bool = True,
         std: float = INIT_STD,
+        lora: LoraConfig | None = None,
     ):
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
+        self.lora_in = self.lora_out = None
+        if lora is not None:
+            self.lora_in = normal(rngs, (*inputs.values(), lora.rank), (*inputs, "rank"))
+            zero = jnp.zeros((lora.rank, *outputs.values()), jnp.float32)
+            self.lora_out = nnx.Param(zero, axes=("rank", *outputs))
         self.axes, self.num_inputs = (*inputs, *outputs), len(inputs)
+        self.lora_scale = lora_scale(lora) if lora else 0.0
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps [B, T, *inputs] to [B, T, *outputs]."""
+        x = x.astype(self.dtype)
         kernel = self.kernel[...]
         bias = jnp.zeros(kernel.shape[self.num_inputs :], jnp.float32) if self.bias is None else self.bias[...]
-        return affine(x.astype(self.dtype), kernel, bias, self.axes)
+        y = affine(x, kernel, bias, self.axes)
+        if self.lora_in is None or self.lora_out is None:
+            return y
+        inner, outer = self.lora_in[...], self.lora_out[...]
+        inner_axes, outer_axes = (*self.axes[: self.num_inputs], "rank"), ("rank", *self.axes[self.num_inputs :])
+        low_BTR = affine(x, inner, jnp.zeros(inner.shape[-1:], jnp.float32), inner_axes)
+        update = affine(low_BTR, outer, jnp.zeros(outer.shape[1:], jnp.float32), outer_axes)
+        return y + update * jnp.asarray(self.lora_scale, y.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -3,9 +3,11 @@
 The layers' parameters are stacked, a leading dimension ``layers`` on each, whether the layers run in a compiled loop
 (``model.scan_layers``) or in a row: both forms share one initialisation and one checkpoint.
 
-Shapes: B batch, T query position, S key position, D embedding, L layers, K heads of keys, H head size, V vocabulary.
+Shapes: B batch, T query position, S key position, D embedding, L layers, K heads of keys, H head size, V vocabulary, C
+classes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +48,8 @@ class GPT(nnx.Module):
         self.ln_f = make_norm(config, config.embed_dim) if config.norm_position == "pre" else None
         shape = (config.vocab_size, config.embed_dim)
         self.output_kernel = None if config.tied_output else normal(rngs, shape, ("vocab", "embed"))
+        classes = config.num_classes
+        self.classifier_kernel = normal(rngs, (config.embed_dim, classes), ("embed", "classes")) if classes else None
         self.config = config
         self.dtype = dtype
 
@@ -59,6 +63,7 @@ class GPT(nnx.Module):
         cache: KVCache | None = None,
         slot: Int[Array, ""] | None = None,
         dropout_key: DropoutKey | None = None,
+        frozen_layers: int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Runs the layers.
 
@@ -71,6 +76,7 @@ class GPT(nnx.Module):
             cache: keys and values of every layer, [L, B, S, K, H], for decoding; see :func:`empty_cache`.
             slot: with a cache, the slot of the first of the T tokens.
             dropout_key: random key; None switches every dropout off.
+            frozen_layers: no gradient goes back into the lowest so many, nor into the embeddings below them.
 
         Returns:
             The last hidden states in the compute dtype, and the updated cache (None if none was given).
@@ -105,17 +111,28 @@ class GPT(nnx.Module):
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)
-        num_layers = self.config.num_layers
-        if self.config.scan_layers:
-            # The whole cache is carried, so that a layer writes its new slots in place.
-            inputs = (stack, jnp.arange(num_layers))
-            (x_BTD, cache), _ = jax.lax.scan(
-                lambda carry, inputs: (layer(*carry, *inputs), None), (x_BTD, cache), inputs
-            )
-        else:
-            for index, params in enumerate(_unstack(stack, num_layers)):
-                x_BTD, cache = layer(x_BTD, cache, params, index)
+        x_BTD, cache = self._run(layer, x_BTD, cache, stack, 0, frozen_layers)
+        if frozen_layers:
+            x_BTD = jax.lax.stop_gradient(x_BTD)
+        x_BTD, cache = self._run(layer, x_BTD, cache, stack, frozen_layers, self.config.num_layers)
         return x_BTD if self.ln_f is None else self.ln_f(x_BTD), cache
+
+    def _run(
+        self, layer: Callable, x_BTD: Array, cache: KVCache | None, stack: Any, first: int, stop: int
+    ) -> tuple[Array, KVCache | None]:
+        """The layers from ``first`` to before ``stop``, in a compiled loop or in a row."""
+        if first == stop:
+            return x_BTD, cache
+        num_layers = self.config.num_layers
+        if not self.config.scan_layers:
+            for index, params in list(enumerate(_unstack(stack, num_layers)))[first:stop]:
+                x_BTD, cache = layer(x_BTD, cache, params, index)
+            return x_BTD, cache
+        part = stack if stop - first == num_layers else jax.tree.map(lambda leaf: leaf[first:stop], stack)
+        # The whole cache is carried, so that a layer writes its new slots in place.
+        return jax.lax.scan(
+            lambda carry, inputs: (layer(*carry, *inputs), None), (x_BTD, cache), (part, jnp.arange(first, stop))
+        )[0]
 
     @property
     def output_table(self) -> Float[Array, "V D"]:
@@ -125,6 +142,14 @@ class GPT(nnx.Module):
     def logits(self, x_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of every token, float32: the hidden states times the transposed output table."""
         return soft_cap(product("...D,VD->...V", x_BTD, self.output_table), self.config.logit_cap)
+
+    def classify(self, state_BD: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
+        """Scores of every class, float32 (paper, Eq. 3).
+
+        Deviation: the authors' code adds a bias, which their paper does not have.
+        """
+        assert self.classifier_kernel is not None, "the model has no classifier"
+        return product("...D,DC->...C", state_BD, self.classifier_kernel[...])
 
     def empty_cache(self, batch_size: int, slots: int) -> KVCache:
         """A cache of zeros with room for ``slots`` positions, [L, B, S, K, H] in the compute dtype."""

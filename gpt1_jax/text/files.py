@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -84,7 +84,7 @@ class FilesSource:
         return [FilesSource(self._config, self._max_chars, group) for group in groups]
 
     def _read_file(self, path: str) -> Iterator[Document | Skipped]:
-        kind = _plain(path).rpartition(".")[2].lower()
+        kind = file_type(path)
         readers: dict[str, Callable[[BinaryIO, str], Iterator[Document | Skipped]]] = {
             "txt": self._whole,
             "md": self._whole,
@@ -94,9 +94,8 @@ class FilesSource:
         if kind not in readers:
             yield Skipped(path, "unknown_type", "its name ends in none of .txt .md .jsonl .parquet (.gz .zst .xz)")
             return
-        opened: Any = fsspec.open(path, "rb")  # without annotations: seen as a list of files too
-        with cast(BinaryIO, opened.open()) as file:
-            yield from readers[kind](decompressed(file, path.lower()), path)
+        with contents(path) as file:
+            yield from readers[kind](file, path)
 
     def _whole(self, file: BinaryIO, path: str) -> Iterator[Document | Skipped]:
         limit = _UTF8_BYTES * self._max_chars
@@ -145,9 +144,9 @@ class FilesSource:
 
     def _rows(self, file: BinaryIO, path: str) -> Iterator[Document | Skipped]:
         field = self._config.text_field
-        with closing(_seekable(file, path)) as seekable:
+        with closing(seekable(file, path)) as whole:
             try:
-                table = pq.ParquetFile(seekable)
+                table = pq.ParquetFile(whole)
                 fields = {"text_field": field, "identity_field": self._config.identity_field or field}
                 for key, name in fields.items():
                     if name not in table.schema_arrow.names:
@@ -174,8 +173,8 @@ class FilesSource:
             return Skipped(identity, "invalid_utf8", str(error))
 
 
-def matched(patterns: tuple[str, ...]) -> list[str]:
-    """The files that globs match, local or remote.
+def matched(patterns: tuple[str, ...], key: str = "data.sources: paths") -> list[str]:
+    """The files that globs match, local or remote; ``key`` is where the globs were given.
 
     Raises:
         UserError: if a glob matches none.
@@ -184,14 +183,37 @@ def matched(patterns: tuple[str, ...]) -> list[str]:
     found: dict[str, None] = {}
     for pattern in patterns:
         if "://" in pattern:
-            names = _remote(pattern)
+            names = _remote(pattern, key)
         else:
             pattern = os.path.expanduser(pattern)
             names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
         if not names:
-            raise UserError(f"data.sources: paths: '{pattern}' matches no file{_missing_folder(pattern)}")
+            raise UserError(f"{key}: '{pattern}' matches no file{_missing_folder(pattern)}")
         found.update(dict.fromkeys(names))
     return list(found)
+
+
+@contextmanager
+def contents(path: str) -> Iterator[BinaryIO]:
+    """A file, local or remote, opened and decompressed as its suffix says."""
+    opened: Any = fsspec.open(path, "rb")  # without annotations: seen as a list of files too
+    with cast(BinaryIO, opened.open()) as file:
+        yield decompressed(file, path.lower())
+
+
+def file_type(path: str) -> str:
+    """What a file's name ends in, that of a compression left out: ``a.tsv.gz`` gives ``tsv``."""
+    return _plain(path).rpartition(".")[2].lower()
+
+
+def seekable(file: BinaryIO, path: str) -> BinaryIO:
+    """The file itself, or a temporary copy on disk if it is compressed as a whole: Parquet is read from its end."""
+    if _plain(path) == path:
+        return file
+    copy = tempfile.TemporaryFile()
+    shutil.copyfileobj(file, copy, 1 << 20)
+    copy.seek(0)
+    return cast(BinaryIO, copy)
 
 
 def file_states(paths: list[str]) -> list[list[Any]]:
@@ -238,15 +260,15 @@ def _remote_state(path: str) -> list[Any]:
     return [path, info.get("size"), tag]
 
 
-def _remote(pattern: str) -> list[str]:
+def _remote(pattern: str, key: str) -> list[str]:
     try:
         file_system, path = fsspec.core.url_to_fs(pattern)
         names = sorted(str(name) for name in file_system.glob(path) if file_system.isfile(name))
         return [file_system.unstrip_protocol(name) for name in names]
     except (ImportError, ValueError) as error:
-        raise UserError(f"data.sources: paths: '{pattern}': {error}") from None
+        raise UserError(f"{key}: '{pattern}': {error}") from None
     except OSError as error:
-        raise StorageError(f"data.sources: paths: '{pattern}' cannot be listed: {error}") from None
+        raise StorageError(f"{key}: '{pattern}' cannot be listed: {error}") from None
 
 
 def _missing_folder(pattern: str) -> str:
@@ -277,16 +299,6 @@ def _read(file: BinaryIO, size: int) -> bytes:
         blocks.append(block)
         size -= len(block)
     return b"".join(blocks)
-
-
-def _seekable(file: BinaryIO, path: str) -> BinaryIO:
-    """The file itself, or a temporary copy on disk if it is compressed as a whole: Parquet is read from its end."""
-    if _plain(path) == path:
-        return file
-    copy = tempfile.TemporaryFile()
-    shutil.copyfileobj(file, copy, 1 << 20)
-    copy.seek(0)
-    return cast(BinaryIO, copy)
 
 
 def _oversized(identity: str, limit: int) -> Skipped:

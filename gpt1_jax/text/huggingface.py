@@ -18,13 +18,7 @@ class HuggingFaceSource:
         self._shards = shards  # None: all
         self.name = f"huggingface:{config.dataset}/{config.split}"
         self.label = config.dataset.rpartition("/")[2]
-        try:
-            self._library: Any = importlib.import_module("datasets")
-        except ImportError as error:
-            raise UserError(
-                f"data.sources: kind 'huggingface' needs the 'datasets' library, which cannot be imported ({error}); "
-                "install it with: pip install 'gpt1-jax[huggingface]'"
-            ) from None
+        self._library = datasets_library("data.sources")
         self._files = matched(config.files)
         local = config.files and not any("://" in path for path in self._files)
         self.network = None if local else f"the 'datasets' library streams {config.dataset} from the Hugging Face hub"
@@ -71,3 +65,18 @@ class HuggingFaceSource:
             )
         except Exception as error:  # the library raises many kinds, its own and of others
             raise UserError(f"data.sources: dataset '{config.dataset}', split '{config.split}': {error}") from None
+
+
+def datasets_library(key: str) -> Any:
+    """The ``datasets`` library; ``key`` is what asks for it.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(
+            f"{key}: kind 'huggingface' needs the 'datasets' library, which cannot be imported ({error}); "
+            "install it with: pip install 'gpt1-jax[huggingface]'"
+        ) from None

@@ -2,13 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import UserError, nearest
 from gpt1_jax.source_config import Tfds
 from gpt1_jax.text.document import Document, Skipped, named, parts, to_document
 from gpt1_jax.text.files import file_states
@@ -22,14 +23,7 @@ class TfdsSource:
         self._rows = rows  # None: all
         self.name = f"tfds:{config.dataset}/{config.split}"
         self.label = config.dataset.strip("/").split("/")[-1 if Path(config.dataset).is_dir() else 0]
-        self._builder: Any  # its decorators hide the types of its methods
-        try:
-            if Path(config.dataset).is_dir():
-                self._builder = tfds.builder_from_directory(config.dataset)
-            else:
-                self._builder = tfds.builder(config.dataset, data_dir=config.data_dir, file_format="array_record")
-        except Exception as error:  # the library raises many kinds, its own and of others
-            raise UserError(f"data.sources: dataset '{config.dataset}' cannot be found by tfds: {error}") from None
+        self._builder = open_builder(config.dataset, config.data_dir, "data.sources")
         self._check_field()
         built = Path(self._builder.data_dir).exists()
         size = self._builder.info.download_size
@@ -65,18 +59,7 @@ class TfdsSource:
         return [TfdsSource(self._config, rows) for rows in parts(range(len(self._records())))]
 
     def _records(self) -> Any:
-        config = self._config
-        try:
-            if not Path(config.dataset).is_dir():
-                with contextlib.redirect_stdout(sys.stderr):  # standard output is for the command's result
-                    self._builder.download_and_prepare(file_format="array_record")
-            return self._builder.as_data_source(config.split)
-        except Exception as error:
-            raise UserError(
-                f"data.sources: dataset '{config.dataset}', split '{config.split}': {error}; splits: "
-                f"{', '.join(self._builder.info.splits) or 'none'}. A dataset built with TensorFlow's own format must "
-                "be built again with file_format array_record"
-            ) from None
+        return open_records(self._builder, self._config.dataset, self._config.split, "data.sources")
 
     def _check_field(self) -> None:
         features = self._builder.info.features
@@ -87,3 +70,61 @@ class TfdsSource:
                     f"data.sources: dataset '{self._config.dataset}' has no feature {key}='{field}'; it has: "
                     f"{', '.join(features or ()) or 'none'}"
                 )
+
+
+def open_builder(dataset: str, data_dir: str | None, key: str) -> Any:  # its decorators hide the types of its methods
+    """The builder of a dataset, given by name or by the folder of a built one; ``key`` is where it was given.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        if Path(dataset).is_dir():
+            return tfds.builder_from_directory(dataset)
+        return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:  # its message lists all of the several hundred names
+        known = nearest(dataset, tfds.list_builders(with_community_datasets=False))
+        raise UserError(
+            f"{key}: dataset '{dataset}' cannot be found by tfds{known}. Without TensorFlow, it does not know the "
+            "older of its datasets"
+        ) from None
+    except Exception as error:  # the library raises many kinds, its own and of others
+        raise UserError(f"{key}: dataset '{dataset}' cannot be found by tfds: {error}") from None
+
+
+def open_records(builder: Any, dataset: str, split: str, key: str) -> Any:
+    """The records of a split, a sequence; builds the dataset if need be.
+
+    Raises:
+        UserError: if the dataset cannot be built, has no such split, or a format without random access.
+    """
+    try:
+        if not Path(dataset).is_dir():
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the command's result
+                builder.download_and_prepare(file_format="array_record")
+        return builder.as_data_source(split)
+    except Exception as error:
+        raise UserError(
+            f"{key}: dataset '{dataset}', split '{split}': {error}; splits: "
+            f"{', '.join(builder.info.splits) or 'none'}. A dataset built with TensorFlow's own format must "
+            "be built again with file_format array_record"
+        ) from None
+
+
+def plain(value: Any, feature: Any) -> Any:
+    """A value of a record as text, numbers, lists and dicts; ``feature`` is the library's description of it.
+
+    The library holds a sequence of records as a record of lists; here it is a list of records.
+    """
+    if isinstance(value, Mapping):
+        repeated = isinstance(feature, tfds.features.Sequence)
+        fields: Any = feature.feature if repeated else feature
+        columns = {name: plain(cell, fields[name]) for name, cell in value.items()}
+        if not repeated:
+            return columns
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), feature)
+    return [plain(item, feature) for item in value] if isinstance(value, list) else value

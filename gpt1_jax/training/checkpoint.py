@@ -6,9 +6,10 @@ last, says that all of it is there. It holds all that a run needs to go on, and 
 
     params/     the weights
     training/   the optimizer's state, the step, the random key
-    run/        config.yaml, tokenizer.model, position.json (examples read, and the fingerprint of their corpus)
+    run/        config.yaml, tokenizer.model, position.json (examples read, and fingerprints: of what they were read
+                from, and of the corpus of the pre-training)
 
-The checkpoint of an imported model has no training/, and its corpus is null.
+The checkpoint of an imported model has no training/, and both fingerprints are null.
 
 Orbax writes to ``gs://`` by itself. It has no way to S3, so there a checkpoint is written on this machine and uploaded,
 and downloaded to be read.
@@ -49,12 +50,14 @@ class RunFiles:
         config: the resolved configuration, YAML.
         tokenizer: the serialized tokenizer.
         examples: training examples read so far, which is the position in the data.
-        corpus: fingerprint of the corpus that they were read from; None: the weights were imported.
+        data: fingerprint of what they were read from, a corpus or a task; None: the weights were imported.
+        corpus: fingerprint of the corpus of the pre-training; None: it is not known, the weights began as imported.
     """
 
     config: str
     tokenizer: bytes
     examples: int
+    data: str | None
     corpus: str | None
 
 
@@ -66,7 +69,7 @@ class _RunFilesHandler(ocp.CheckpointHandler):
             files = args.files
             (directory / "config.yaml").write_text(files.config, encoding="utf-8")
             (directory / "tokenizer.model").write_bytes(files.tokenizer)
-            position = json.dumps({"examples": files.examples, "corpus": files.corpus})
+            position = json.dumps({"examples": files.examples, "data": files.data, "corpus": files.corpus})
             (directory / "position.json").write_text(position, encoding="utf-8")
 
     def restore(self, directory: epath.Path, args: "_RestoreRunFiles") -> RunFiles:
@@ -75,6 +78,7 @@ class _RunFilesHandler(ocp.CheckpointHandler):
             config=(directory / "config.yaml").read_text(encoding="utf-8"),
             tokenizer=(directory / "tokenizer.model").read_bytes(),
             examples=position["examples"],
+            data=position.get("data", position["corpus"]),  # a run of before there was fine-tuning has one alone
             corpus=position["corpus"],
         )
 
@@ -178,7 +182,7 @@ class Checkpoints:
 
     def save_imported(self, params: Params, files: RunFiles) -> None:
         """Starts to save weights that were trained elsewhere, as step 0."""
-        assert files.corpus is None
+        assert files.data is None
         self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), run=_SaveRunFiles(files)))
 
     def wait(self) -> None:

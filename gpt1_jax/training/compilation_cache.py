@@ -16,7 +16,7 @@ from etils import epath
 from jax._src import compilation_cache as jax_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
-from gpt1_jax.config import Config
+from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.data.storage import make_folder, write_atomically
 
 _FOLDER = ".compilation_cache"  # in runs_dir
@@ -24,7 +24,7 @@ _MIN_SECONDS = 0.2  # what compiles faster is not worth a file
 
 
 @contextmanager
-def compilation_cache(config: Config) -> Iterator[None]:
+def compilation_cache(config: Config | FinetuneConfig) -> Iterator[None]:
     """Has JAX keep what it compiles inside in ``train.compilation_cache``.
 
     JAX keys a function by all that it depends on: program, options, versions and kind of device. Of the processes of

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 import jax
 
-from gpt1_jax.config import Config
+from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.errors import GPT1Error, Interrupted, StalledError
 from gpt1_jax.training.cluster import Place, find_place
 from gpt1_jax.training.hub import Hello, Hub, encode, has_gone, keep_alive, listen
@@ -82,7 +82,7 @@ class Hosts:
             self._line.leave(error)
 
 
-def join(config: Config, say: Callable[[str], None]) -> Hosts:
+def join(config: Config | FinetuneConfig, say: Callable[[str], None]) -> Hosts:
     """Waits until all processes of the run are there, and connects JAX's.
 
     To be called before JAX is asked for its devices. Where this is the only process, nothing happens.
@@ -322,7 +322,7 @@ def _results_alone_on_stdout() -> None:
     os.dup2(2, 1)
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(config: Config | FinetuneConfig) -> dict[str, Any]:
     """What must be the same on all hosts, but for the keys that are of a host."""
     versions = {name: importlib.metadata.version(name) for name in ("gpt1-jax", "jax", "jaxlib")}
     return versions | config.model_dump(mode="json")

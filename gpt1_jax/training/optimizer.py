@@ -225,7 +225,9 @@ def _joined_heads(path: Any, leaf: jax.Array) -> jax.Array:
     return leaf.reshape(leaf.shape[0], *rows, -1)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, scales: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformation:
     r"""Clipping by global norm, then the rule, then the schedule.
 
     With the rule's direction ``u``, the rate :math:`\eta_t` and the weight decay :math:`\lambda`, which acts on kernels
@@ -244,6 +246,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         config: the rule and its numbers. Adafactor reads neither betas nor epsilon, Lion reads no epsilon, and Muon
             reads them for its Adam part.
         steps: length of the run, in updates.
+        scales: from a tree of parameters to what the rate of each is multiplied by (training/trained.py); what has 0
+            has no part in the global norm either. None: 1.
     """
     b1, b2, epsilon = config.beta1, config.beta2, config.epsilon
     if config.rule == "authors":
@@ -257,8 +261,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         }
         decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
         rule = optax.chain(directions[config.rule], decay)
-    return optax.chain(
+    chain = [
         optax.clip_by_global_norm(config.clip_norm),
         rule,
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-    )
+    ]
+    if scales is not None:
+        scaled = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales(updates)))
+        without_frozen = optax.stateless(
+            lambda grads, _: jax.tree.map(lambda g, scale: jnp.where(scale == 0, 0, g), grads, scales(grads))
+        )
+        chain = [without_frozen, *chain, scaled]
+    return optax.chain(*chain)

@@ -2,14 +2,13 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
 
 from gpt1_jax.config import Config
 from gpt1_jax.errors import DivergedError
-from gpt1_jax.model.transformer import flops_per_token
 from gpt1_jax.training.hardware import peak_flops
 from gpt1_jax.training.metrics import MetricsLog, Stopwatch
 from gpt1_jax.training.progress import Progress
@@ -29,12 +28,24 @@ class Recorder:
         examples: examples read before.
         log: where records are written.
         progress: where they are shown.
+        tokens: how many tokens the first so many examples have.
+        flops_per_token: model FLOPs of a token of them.
     """
 
-    def __init__(self, config: Config, step: int, examples: int, log: MetricsLog, progress: Progress):
+    def __init__(
+        self,
+        config: Config,
+        step: int,
+        examples: int,
+        log: MetricsLog,
+        progress: Progress,
+        tokens: Callable[[int], int],
+        flops_per_token: int,
+    ):
         self._config = config
         self._log, self._progress = log, progress
         self._begin, self._examples = step, examples
+        self._tokens_of, self._flops_per_token = tokens, flops_per_token
         self._unread: deque[tuple[int, Metrics]] = deque()
         self._clock = Stopwatch(log.seconds)
         self._last_step, self._last_seconds = step, log.seconds
@@ -76,8 +87,7 @@ class Recorder:
         self._clock.leave_out(self._clock.seconds() - started)
 
     def _tokens(self, step: int) -> int:
-        examples = self._examples + (step - self._begin) * self._config.train.batch_size
-        return examples * self._config.context_length
+        return self._tokens_of(self._examples + (step - self._begin) * self._config.train.batch_size)
 
     def _read(self) -> None:
         step, metrics = self._unread.popleft()
@@ -92,16 +102,15 @@ class Recorder:
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         seconds = self._clock.seconds()
-        tokens = (step - self._last_step) * self._config.train.batch_size * self._config.context_length
+        tokens = self._tokens(step) - self._tokens(self._last_step)
         rate = tokens / max(seconds - self._last_seconds, 1e-9)
-        flops = flops_per_token(self._config.model, self._config.context_length)
         record = {
             "step": step,
             **figures,
             "tokens": self._tokens(step),
             "seconds": seconds,
             "tokens_per_second": rate,
-            "mfu": rate * flops / self._peak_flops if self._peak_flops else None,
+            "mfu": rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,
         }
         self._last_step, self._last_seconds = step, seconds
         self._log.write(record)

@@ -1,18 +1,20 @@
 """A run's folder: made by training, opened by everything that uses a trained model."""
 
+import json
 import os
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from gpt1_jax.config import Config, MeshConfig, differences
+from gpt1_jax.config import Config, FinetuneConfig, MeshConfig, differences
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
-from gpt1_jax.errors import UserError
+from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +24,7 @@ from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 
 CONFIG = "config.yaml"
+RESULTS = "results.json"  # of a fine-tuned run: what it is worth, and which of its checkpoints is the best
 _PATIENCE_SECONDS = 10.0  # for which a shared disk may show an older listing
 
 # Keys that may differ when a run goes on, because its losses and weights do not depend on them.
@@ -47,6 +50,18 @@ _FREE_KEYS = (
     "evaluation.",
     "logging.",
     "distributed.",
+    "finetune.name",
+    "finetune.runs_dir",
+    "finetune.model.attention",
+    "finetune.model.scan_layers",
+    "finetune.model.remat",
+    "finetune.train.log_every",
+    "finetune.train.gradient_dtype",
+    "finetune.train.compilation_cache",
+    "finetune.mesh.",
+    "finetune.evaluation.",
+    "finetune.logging.",
+    "finetune.distributed.",
 )
 # Of the model's, those that imported weights leave open.
 _FREE_KEYS_OF_IMPORTED = (
@@ -65,7 +80,7 @@ class Run:
         config: the configuration that it was trained with.
         step: updates made.
         examples: training examples read.
-        corpus: fingerprint of the corpus that it was trained on; None: the weights were imported.
+        corpus: fingerprint of the corpus that it was pre-trained on; None: the weights began as imported.
         tokenizer: the tokenizer that it was trained with.
         mesh: the devices that hold the weights.
         params: the weights, float32.
@@ -81,11 +96,12 @@ class Run:
     params: Params
 
 
-def open_run(path: AnyPath, mesh: Mesh | None = None) -> Run:
-    """Reads the newest checkpoint of a run.
+def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> Run:
+    """Reads the newest checkpoint of a run, or of a fine-tuned one that is done the best.
 
     Args:
         path: the run's folder.
+        step: of another checkpoint.
         mesh: where to put the weights; None: the run's own mesh, or, where the devices at hand do not make it up, all
             of them with a copy of the weights on each.
 
@@ -97,7 +113,7 @@ def open_run(path: AnyPath, mesh: Mesh | None = None) -> Run:
     if not (path / CONFIG).exists():
         raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
     with Checkpoints(path) as checkpoints:
-        step = checkpoints.latest()
+        step = step or read_results(path).get("step") or checkpoints.latest()
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
@@ -114,6 +130,22 @@ def open_run(path: AnyPath, mesh: Mesh | None = None) -> Run:
         params = checkpoints.restore_params(step, abstract)
     tokenizer = load_tokenizer(files.tokenizer)
     return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params)
+
+
+def read_results(path: epath.Path) -> dict[str, Any]:
+    """What results.json says of a fine-tuned run; empty where there is none.
+
+    Raises:
+        DamagedError: if it cannot be read.
+    """
+    results = path / RESULTS
+    if not results.exists():
+        return {}
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        return {**found, "step": int(found["step"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{results}: not what fine-tuning writes: {error!r}; delete it and run it again") from None
 
 
 def check_run(config: Config, allow_changes: bool) -> None:
@@ -136,7 +168,7 @@ def check_run(config: Config, allow_changes: bool) -> None:
         made_by = _config_in(files, checkpoints.path(step))
     changes = list(differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
     changes = [change for change in changes if not change[0].startswith(_FREE_KEYS)]
-    if files.corpus is None:
+    if files.data is None:
         changes = [c for c in changes if c[0].startswith("model.") and c[0] not in _FREE_KEYS_OF_IMPORTED]
     if changes:
         raise UserError(
@@ -146,7 +178,7 @@ def check_run(config: Config, allow_changes: bool) -> None:
         )
 
 
-def check_shared(config: Config, hosts: Hosts) -> None:
+def check_shared(config: Config | FinetuneConfig, hosts: Hosts) -> None:
     """Checks that all processes see the same run, before one of them writes into a folder of its own.
 
     Raises:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gpt1_jax.config import Config
 from gpt1_jax.model.sharding import also_split_over, replicated, tree_shardings
 from gpt1_jax.model.transformer import Params, init_params, parameter_axes
+from gpt1_jax.training.trained import split
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +23,7 @@ class TrainState:
     Attributes:
         step: updates made, int32.
         params: the weights, float32.
-        opt_state: the optimizer's state.
+        opt_state: the optimizer's state, of the parameters that are trained.
         key: data of the random key of the whole run, uint32; a step's key is folded in from it and never stored.
     """
 
@@ -36,7 +37,8 @@ def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainS
     """Draws the initial state from ``config.seed``; trace it under jit to place it."""
     params_key, run_key = jax.random.split(jax.random.key(config.seed))
     params = init_params(config.model, params_key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(run_key))
+    opt_state = optimizer.init(split(config, params)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -80,6 +82,6 @@ def init_state(
         if params is None:
             return drawn
         # What is replaced is never computed.
-        return dataclasses.replace(drawn, params=params, opt_state=optimizer.init(params))
+        return dataclasses.replace(drawn, params=params, opt_state=optimizer.init(split(config, params)[0]))
 
     return jax.jit(state, donate_argnums=0, out_shardings=layouts)(params)

@@ -4,7 +4,7 @@ Shapes: B batch, T position.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from gpt1_jax.config import Config
 from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.model.transformer import Params
-from gpt1_jax.training.gradient import loss_and_gradient
+from gpt1_jax.training.gradient import LossAndGradient, loss_and_gradient
 from gpt1_jax.training.optimizer import learning_rate_schedule
 from gpt1_jax.training.state import TrainState, abstract_state
+from gpt1_jax.training.trained import merge, split
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def train_step(
@@ -42,10 +43,23 @@ def train_step(
         The new state, and float32 scalars: loss (nats per token, before the update), grad_norm (before clipping),
         learning_rate (of this update).
     """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, grads = loss_and_gradient(config, state.params, tokens_BT, key, separator_id)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = cast(Params, optax.apply_updates(state.params, updates))
+    found = loss_and_gradient(config, state.params, tokens_BT, step_key(state), separator_id)
+    return update(config, optimizer, state, found)
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The random key of the next update."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+
+def update(
+    config: Config, optimizer: optax.GradientTransformation, state: TrainState, found: LossAndGradient
+) -> tuple[TrainState, Metrics]:
+    """Clipping and update, by the gradient of the parameters that are trained; returns as :func:`train_step`."""
+    loss, grads = found
+    trained, others = split(config, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = merge(cast(Params, optax.apply_updates(trained, updates)), others)
     metrics = {
         "loss": loss,
         "grad_norm": cast(jax.Array, optax.tree.norm(grads)),
@@ -61,11 +75,27 @@ def compile_train_step(
 
     The separator of packed windows is part of what is compiled; any number compiles to a step of the same cost.
     """
-    state = abstract_state(config, optimizer, mesh)
     batch_shape = (config.train.batch_size, config.context_length + 1)
     tokens_BT = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=batch_sharding(mesh))
-    step = jax.jit(
+    return compile_step(
         lambda state, tokens_BT: train_step(config, optimizer, state, tokens_BT, separator_id),
+        abstract_state(config, optimizer, mesh),
+        tokens_BT,
+        mesh,
+    )
+
+
+def compile_step(step: TrainStep, state: TrainState, batch: Any, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a step for a mesh, the state donated.
+
+    Args:
+        step: a pure function.
+        state: shapes and layouts of the state.
+        batch: shapes and layouts of a batch.
+        mesh: the devices.
+    """
+    jitted = jax.jit(
+        step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
     )
@@ -73,4 +103,4 @@ def compile_train_step(
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options: dict[str, str | bool] | None = {"xla_cpu_prefer_vector_width": "512"} if on_cpu else None
     with jax.set_mesh(mesh):
-        return step.lower(state, tokens_BT).compile(compiler_options=options)
+        return jitted.lower(state, batch).compile(compiler_options=options)

@@ -67,7 +67,7 @@ def write_run() -> Callable[[Run], Run]:
         config = Config.model_validate(run.config)
         write_config(config)
         with Checkpoints(run.path, CheckpointConfig()) as checkpoints:
-            files = RunFiles(config.to_yaml(), run.tokenizer.to_bytes(), examples=0, corpus=None)
+            files = RunFiles(config.to_yaml(), run.tokenizer.to_bytes(), examples=0, data=None, corpus=None)
             checkpoints.save_imported(run.params, files)
         return dataclasses.replace(run, step=0, examples=0, corpus=None)
 

@@ -32,7 +32,9 @@ train: {{steps: 20, batch_size: 8}}
 optimizer: {{warmup_steps: 2}}
 evaluation: {{sample_tokens: 8}}
 """
-FILES = RunFiles(config=parse_config(YAML, "c").to_yaml(), tokenizer=b"\0a model\xff", examples=24, corpus="f" * 16)
+FILES = RunFiles(
+    config=parse_config(YAML, "c").to_yaml(), tokenizer=b"\0a model\xff", examples=24, data="e" * 16, corpus="f" * 16
+)
 
 
 def config_of(*overrides: str) -> Config:

@@ -360,7 +360,7 @@ class Run:
         """Whether a checkpoint is the state bit for bit, its layout, and the same state again after more steps."""
         saved, _ = self.train(self.start, 3)
         with Checkpoints(folder, CheckpointConfig()) as checkpoints:
-            checkpoints.save(3, saved, RunFiles(config="", tokenizer=b"", examples=24, corpus=""))
+            checkpoints.save(3, saved, RunFiles(config="", tokenizer=b"", examples=24, data="", corpus=""))
             checkpoints.wait()
             found = checkpoints.restore_state(3, abstract_state(self.config, self.optimizer, self.mesh))
         bits = lambda state: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]  # noqa: E731

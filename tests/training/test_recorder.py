@@ -50,13 +50,18 @@ def metrics(loss: float, norm: float = 1.0) -> dict:
     return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "learning_rate": jnp.float32(0.5)}
 
 
+def lengths(config: Config) -> tuple:
+    return lambda examples: examples * 8, flops_per_token(config.model, 8)
+
+
 def records(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
 
 
 def test_figures_by_hand(config, clock, capsys):
     with MetricsLog(config, 10) as log, Progress(config, 10) as progress:
-        recorder = Recorder(config, 10, 1000, log, progress)  # 1000 examples were read before, by other batches
+        # 1000 examples were read before, by other batches
+        recorder = Recorder(config, 10, 1000, log, progress, *lengths(config))
         for step in range(11, 15):
             clock.now += 0.25
             recorder.add(step, metrics(step))
@@ -83,7 +88,7 @@ def test_figures_by_hand(config, clock, capsys):
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("inf"))])
 def test_what_is_not_finite_is_an_error_even_where_it_is_not_logged(config, loss, norm):
     with MetricsLog(config, 0) as log, Progress(config, 0) as progress:
-        recorder = Recorder(config, 0, 0, log, progress)
+        recorder = Recorder(config, 0, 0, log, progress, *lengths(config))
         recorder.add(1, metrics(3.0))
         recorder.add(2, metrics(3.0))
         recorder.add(3, metrics(loss, norm))

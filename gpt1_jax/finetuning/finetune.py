@@ -1,0 +1,294 @@
+"""Fine-tuning from its beginning to its results: a run for each seed, and what all of them are worth together."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gpt1_jax.config import Config, FinetuneConfig
+from gpt1_jax.data.corpus import find_corpus
+from gpt1_jax.data.examples import read_examples
+from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
+from gpt1_jax.evaluation.metrics import check_installed
+from gpt1_jax.evaluation.perplexity import Evaluator, Tokens
+from gpt1_jax.finetuning.dataset import Batch, Dataset
+from gpt1_jax.finetuning.forms import check_room, encode, special_tokens
+from gpt1_jax.finetuning.loss import finetune_step
+from gpt1_jax.finetuning.order import EpochOrder
+from gpt1_jax.finetuning.predictions import Answers, Predictor, Split
+from gpt1_jax.finetuning.start import first_params, run_config
+from gpt1_jax.model.transformer import Params, flops_per_token
+from gpt1_jax.reporting.report import write_report
+from gpt1_jax.text.tokenizer import Tokenizer
+from gpt1_jax.training.choices import resolve
+from gpt1_jax.training.hosts import Hosts
+from gpt1_jax.training.loop import Lesson, learn
+from gpt1_jax.training.mesh import check_mesh, make_mesh
+from gpt1_jax.training.metrics import METRICS, read_records
+from gpt1_jax.training.optimizer import make_optimizer
+from gpt1_jax.training.run import RESULTS, Run, check_run, open_run, read_results
+from gpt1_jax.training.state import TrainState, abstract_state
+from gpt1_jax.training.step import Metrics, TrainStep, compile_step
+from gpt1_jax.training.trained import rate_scales
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What perplexity is measured on before and after, so that forgetting shows.
+
+    Attributes:
+        name: of the text.
+        tokens: of the text.
+        before: perplexity of the base, per token.
+    """
+
+    name: str
+    tokens: Tokens
+    before: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the runs of all seeds share."""
+
+    config: FinetuneConfig
+    base: str
+    corpus: str | None
+    tokenizer: Tokenizer
+    mesh: Mesh
+    splits: Mapping[str, Split]
+    text: _Text | None
+    hosts: Hosts
+    allow_changes: bool
+
+
+def finetune(
+    config: FinetuneConfig, hosts: Hosts, say: Callable[[str], None], allow_changes: bool = False
+) -> list[Record]:
+    """Fine-tunes a run on a task, once for each seed; what is done already is read and not made again.
+
+    Args:
+        config: task, base and settings.
+        hosts: the processes that do it together.
+        say: prints a line.
+        allow_changes: go on with runs that another configuration made.
+
+    Returns:
+        What results.json holds of each run: task, seed, best epoch and its step, the metrics of every epoch, those of
+        the best on every split with their intervals, counts, and the perplexity before and after.
+
+    Raises:
+        UserError: before anything is trained, if something of the configuration, the task or the base is amiss.
+    """
+    base, mesh = _open_base(config)
+    tokenizer = base.tokenizer.with_special_tokens(special_tokens(config.task))
+    context_length = base.config.context_length
+    check_room(config.task, context_length)
+    splits = {name: _read_split(config, name, tokenizer, context_length) for name in config.task.tables}
+    configs = []
+    for seed in config.seeds:
+        order = EpochOrder(splits["train"].dataset, config.train.batch_size, seed, context_length)
+        found, choices = resolve(run_config(config, base.config, tokenizer, order.steps_per_epoch, seed))
+        check_mesh(found, mesh)
+        check_run(found, allow_changes)
+        configs.append(found)
+    for line in [*map(str, choices), *_counts(splits)] if hosts.process == 0 else ():
+        say(line)
+    text = _text(config, base, say if hosts.process == 0 else lambda line: None)
+    job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
+    del base  # its weights are read again for each seed, and take no memory in between
+    results = [_run(job, found) for found in configs]
+    if len(results) > 1 and hosts.process == 0:
+        summary = {"task": config.name, "runs": results, "summary": summarize(results)}
+        write_atomically(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
+    return results
+
+
+def summarize(results: list[Record]) -> Record:
+    """Mean, median, least and greatest value of each metric over the runs of several seeds, by split."""
+    found: Record = {}
+    for split, metrics in results[0]["figures"].items():
+        for metric in metrics:
+            values = [run["figures"][split][metric]["value"] for run in results]
+            if None not in values:
+                found.setdefault(split, {})[metric] = {
+                    "mean": statistics.fmean(values),
+                    "median": statistics.median(values),
+                    "low": min(values),
+                    "high": max(values),
+                }
+    return found
+
+
+def compile_by_width(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """The step, which is compiled when a batch of a new width comes, the state donated."""
+    abstract = abstract_state(config, optimizer, mesh)
+    compiled: dict[int, jax.stages.Compiled] = {}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        width = batch.tokens_BKT.shape[2]
+        if width not in compiled:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            compiled[width] = compile_step(partial(finetune_step, config, optimizer), abstract, shapes, mesh)
+        return compiled[width](state, batch)
+
+    return step
+
+
+def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
+    if config.base is None:
+        raise UserError(
+            "base: not given: which run to begin with, such as base=runs/tiny; 'gpt1 train' and 'gpt1 import' make one"
+        )
+    if config.task.train is None:
+        raise UserError("task.train: not given: there is nothing to learn from; 'gpt1 evaluate --task' needs none")
+    check_installed(config.task.metrics)
+    mesh = make_mesh(config.mesh)
+    return open_run(config.base, mesh), mesh
+
+
+def _read_split(config: FinetuneConfig, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
+    examples, unlabelled = read_examples(config.task, name)
+    return Split(name, examples, unlabelled, Dataset(encode(config.task, examples, tokenizer, context_length)))
+
+
+def _counts(splits: Mapping[str, Split]) -> list[str]:
+    return [
+        f"task.{name}: {len(split.examples):,} examples, {split.dataset.truncated:,} of them truncated"
+        + f", {split.unlabelled:,} rows without a label left out" * bool(split.unlabelled)
+        for name, split in splits.items()
+    ]
+
+
+def _text(config: FinetuneConfig, base: Run, say: Callable[[str], None]) -> _Text | None:
+    """The texts of the configuration, else the validation split of the base's corpus, else nothing."""
+    if config.evaluation.texts:
+        encode = base.tokenizer.encode_batch(list(read_texts(config.evaluation.texts)))
+        ended = [np.append(tokens, np.int32(base.tokenizer.separator_id)) for tokens in encode]
+        name, tokens = ", ".join(config.evaluation.texts), ArrayTokens(np.concatenate(ended))
+    elif base.corpus is not None:
+        try:
+            corpus = find_corpus(base.corpus, base.config, base.path)
+        except UserError as error:
+            say(f"perplexity before and after is not measured: {error}; or set evaluation.texts")
+            return None
+        name, tokens = f"validation split of {corpus.folder}", corpus.tokens("validation")
+    else:
+        say(f"perplexity before and after is not measured: {base.path} has no corpus; set evaluation.texts to have it")
+        return None
+    evaluator = Evaluator(base.config, base.mesh, base.tokenizer.separator_id)
+    return _Text(name, tokens, evaluator(base.params, tokens, config.evaluation.max_tokens).perplexity)
+
+
+def _run(job: _Job, config: Config) -> Record:
+    """Fine-tunes with one seed, chooses the best epoch, and measures it."""
+    if done := job.hosts.first(lambda: read_results(config.run_dir)):
+        return done
+    validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        measured = validation.measured(validation.answers(params), resamples=0)
+        # A metric that is undefined, as where all answers are one number, is worse than any other value.
+        return {f"validation_{name}": -100.0 if m.value is None else m.value for name, m in measured.items()}
+
+    lesson = _lesson(job, config)
+    learn(config, lesson, job.tokenizer, job.mesh, evaluate, job.allow_changes, job.hosts)
+    epochs = job.hosts.first(lambda: _epochs(config))
+    best = max(epochs, key=lambda epoch: epoch[f"validation_{job.config.task.metrics[0]}"])  # the first of equals
+    run = open_run(config.run_dir, job.mesh, best["step"])
+    figures, files = {}, {}
+    for name, split in job.splits.items():
+        if name != "train":
+            predictor = validation if name == "validation" else Predictor(config, split, job.tokenizer, job.mesh)
+            answers = predictor.answers(run.params)
+            measured = predictor.measured(answers, config.finetune.evaluation.resamples if config.finetune else 0)
+            figures[name] = {metric: found._asdict() for metric, found in measured.items()}
+            files[f"predictions-{name}.jsonl"] = _lines(answers)
+    record = {
+        "run": str(config.run_dir),
+        "task": job.config.name,
+        "base": job.base,
+        "seed": config.seed,
+        "step": best["step"],
+        "epoch": best["epoch"],
+        "epochs": epochs,
+        "examples": {name: len(split.examples) for name, split in job.splits.items()},
+        "truncated": {name: split.dataset.truncated for name, split in job.splits.items()},
+        "unlabelled": {name: split.unlabelled for name, split in job.splits.items()},
+        "figures": figures,
+        "perplexity": _perplexity(job, config, run),
+    }
+    if job.hosts.process == 0:
+        for name, lines in files.items():
+            write_atomically(config.run_dir / name, lines)
+        # Last: it says that all is done, and which checkpoint is the run's.
+        write_atomically(config.run_dir / RESULTS, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_report([config.run_dir])
+    return record
+
+
+def _lesson(job: _Job, config: Config) -> Lesson:
+    train = job.splits["train"].dataset
+    order = EpochOrder(train, config.train.batch_size, config.seed, config.context_length)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, rate_scales(config))
+    return Lesson(
+        fingerprint=train.fingerprint,
+        corpus=job.corpus,
+        origin=f"task.train of {job.config.name}",
+        summary=f"{len(train):,} training examples",
+        optimizer=optimizer,
+        examples=lambda step, read: order,
+        compile=lambda: compile_by_width(config, optimizer, job.mesh),
+        tokens=order.tokens,
+        flops_per_token=flops_per_token(config.model, int(train.lengths_N.mean())),
+        params=lambda: first_params(config, open_run(job.base, job.mesh)),
+    )
+
+
+def _epochs(config: Config) -> list[Record]:
+    """The metrics of every epoch on the validation split, in their order."""
+    assert config.finetune is not None
+    names = [f"validation_{metric}" for metric in config.finetune.task.metrics]
+    records = [record for record in read_records(config.run_dir / METRICS, "step") if names[0] in record]
+    if [record["step"] for record in records] != list(
+        range(config.checkpoint.every, config.train.steps + 1, config.checkpoint.every)
+    ):
+        raise DamagedError(
+            f"{config.run_dir}: {METRICS} does not hold the metrics of every epoch; remove the folder and begin again"
+        )
+    return [
+        {"epoch": number, "step": record["step"], **{name: record[name] for name in names}}
+        for number, record in enumerate(records, 1)
+    ]
+
+
+def _lines(answers: Answers) -> bytes:
+    scores = answers.scores if answers.scores is not None else [None] * len(answers.predictions)
+    lines = []
+    for row, (prediction, reference, score) in enumerate(
+        zip(answers.predictions, answers.references, scores, strict=True)
+    ):
+        line = {"row": row, "prediction": prediction, "reference": reference}
+        if score is not None:
+            line["scores"] = [float(s) for s in score if np.isfinite(s)]
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _perplexity(job: _Job, config: Config, run: Run) -> Record | None:
+    if job.text is None:
+        return None
+    evaluator = Evaluator(config, job.mesh, job.tokenizer.separator_id)
+    score = evaluator(run.params, job.text.tokens, job.config.evaluation.max_tokens)
+    return {"of": job.text.name, "tokens": score.tokens, "before": job.text.before, "after": score.perplexity}
