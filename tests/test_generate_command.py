@@ -45,7 +45,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         )
         write_config(config)
         with Checkpoints(config.run_dir, CheckpointConfig()) as checkpoints:
-            files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), examples=0, corpus=None)
+            files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), examples=0, data=None, corpus=None)
             checkpoints.save_imported(jax.tree.map(lambda x: x * 10, init_params(model, jax.random.key(0))), files)
         made[form] = (folder / form, config, tokenizer)
     return made
