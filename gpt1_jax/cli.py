@@ -117,10 +117,11 @@ def train(
     from gpt1_jax.training.hosts import join
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
-    from gpt1_jax.training.run import check_run, check_shared
+    from gpt1_jax.training.run import check_pretraining, check_run, check_shared
 
     keep_freed_memory()
     settings = load_config(config, overrides or ())
+    check_pretraining(settings)
     with join(settings, say) as hosts, compilation_cache(settings):
         # Where a process is belongs to this start, and not to the run.
         settings, choices = resolve(settings.model_copy(update={"distributed": DistributedConfig()}))

@@ -22,6 +22,20 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+def _attention_problems(model: "ModelConfig | FinetuneModelConfig") -> list[str]:
+    if model.attention not in ("splash", "cudnn") or not model.attention_dropout:
+        return []
+    return [
+        f"model.attention={model.attention} cannot drop attention probabilities "
+        f"(model.attention_dropout={model.attention_dropout}); set that to 0, or model.attention=xla"
+    ]
+
+
+def _check_accumulation(train: "TrainConfig | FinetuneTrainConfig") -> None:
+    if train.batch_size % train.accumulation:
+        raise ValueError(f"train.accumulation={train.accumulation} does not divide train.batch_size={train.batch_size}")
+
+
 class LoraConfig(Section):
     """Low-rank updates beside frozen matrices (Hu et al. 2021, "LoRA"): x W + (alpha / rank) x A B."""
 
@@ -107,11 +121,7 @@ class ModelConfig(Section):
                 f"model.positions=rotary turns pairs of numbers, but a head is {self.head_dim} wide "
                 f"(model.embed_dim={self.embed_dim} / model.num_heads={self.num_heads}); choose an even width"
             )
-        if self.attention in ("splash", "cudnn") and self.attention_dropout:
-            problems.append(
-                f"model.attention={self.attention} cannot drop attention probabilities "
-                f"(model.attention_dropout={self.attention_dropout}); set that to 0, or model.attention=xla"
-            )
+        problems += _attention_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -233,10 +243,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> "TrainConfig":
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}"
-            )
+        _check_accumulation(self)
         rows = self.batch_size // self.accumulation
         if self.deterministic_groups and rows % self.deterministic_groups:
             raise ValueError(
@@ -369,6 +376,12 @@ class FinetuneModelConfig(Section):
     scan_layers: bool = False
     remat: Literal["none", "full"] = "none"
 
+    @model_validator(mode="after")
+    def _attention_fits(self) -> "FinetuneModelConfig":
+        if problems := _attention_problems(self):
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class FinetuneTrainConfig(Section):
     """Length, batch and loss of fine-tuning (paper, section 4.1; the weight of the auxiliary loss is its lambda)."""
@@ -382,6 +395,11 @@ class FinetuneTrainConfig(Section):
     log_every: PositiveInt = 10  # updates
     gradient_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compilation_cache: str | None = "auto"
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self) -> "FinetuneTrainConfig":
+        _check_accumulation(self)
+        return self
 
 
 class FinetuneEvaluationConfig(Section):

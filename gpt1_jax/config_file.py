@@ -37,6 +37,7 @@ _Path = tuple[Hashable, ...]
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 _COMMAND_LINE = "command line"
 _SOURCES = ("data", "sources")
+_DISCRIMINATORS = ("kind", "form", "by")  # keys that tell the members of a union apart
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -273,7 +274,7 @@ def _explain(
     origin: Mapping[_Path, str],
 ) -> Iterable[str]:
     """One line a problem: where, key, value, what is wrong, and the nearest valid key."""
-    found = [(tuple(_in_file(root, e["loc"])), e) for e in error.errors()]
+    found = [(tuple(_in_file(root, e["loc"])), e) for e in map(_of_key, error.errors())]
     named = {_dotted(path): path for path in origin}
 
     def where(path: _Path) -> str:
@@ -293,7 +294,26 @@ def _explain(
             case "too_short" if any(other[: len(path)] == path and other != path for other, _ in found):
                 pass  # pydantic leaves out invalid items, and then counts what is left
             case _:
-                yield f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+                yield f"{shown}: {_message(problem)}"
+
+
+def _of_key(problem: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is amiss with the key that tells the members of a union apart, as a problem of that key."""
+    if not problem["type"].startswith("union_tag_"):
+        return problem
+    context = problem["ctx"]
+    loc = (*problem["loc"], context["discriminator"].strip("'"))
+    if problem["type"] == "union_tag_not_found":
+        return {"type": "missing", "loc": loc, "input": None}
+    return {"type": "literal_error", "loc": loc, "input": context["tag"], "ctx": {"expected": context["expected_tags"]}}
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    """What pydantic says of it; of a choice, what may stand there, and which of that is nearest."""
+    if problem["type"] != "literal_error":
+        return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    return f"choose from {', '.join(valid)}{nearest(str(problem['input']), valid)}"
 
 
 def _in_file(root: type[Section], path: _Path) -> Iterable[Hashable]:
@@ -303,7 +323,7 @@ def _in_file(root: type[Section], path: _Path) -> Iterable[Hashable]:
         tagged = [kind for kind in kinds if len(kinds) > 1 and part in _tags(kind)]
         if tagged:
             kinds = tagged
-        elif part not in ("a number", "a schedule", "[key]"):
+        elif part not in ("a number", "a schedule", "a column", "columns", "[key]"):
             yield part
             if not isinstance(part, int):
                 fields = kinds[0].model_fields if kinds else {}
@@ -339,7 +359,7 @@ def _section_at(root: type[Section], path: _Path, values: Mapping[str, Any]) -> 
         if not isinstance(part, int):
             kinds = _sections_in(kinds[0].model_fields[str(part)].annotation)
         if len(kinds) > 1 and isinstance(value, dict):
-            kinds = [kind for kind in kinds if any(tag in _tags(kind) for tag in value.values() if type(tag) is str)]
+            kinds = [kind for kind in kinds if any(value.get(name) in _tags(kind) for name in _DISCRIMINATORS)]
     return kinds[0]
 
 
@@ -352,7 +372,7 @@ def _sections_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
 
 def _tags(kind: type[pydantic.BaseModel]) -> tuple[Any, ...]:
     """The values of the key that tells a member of a union from the others."""
-    names = [name for name in ("kind", "form", "by") if name in kind.model_fields]
+    names = [name for name in _DISCRIMINATORS if name in kind.model_fields]
     return get_args(kind.model_fields[names[0]].annotation) if names else ()
 
 

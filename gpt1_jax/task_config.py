@@ -7,12 +7,15 @@ without training. A recipe in data/tasks/ fills one of them in for one dataset.
 import string
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from gpt1_jax.section import Section
 
 # A column's name, or several, whose texts are joined by a space; a dotted name is a field of a record in a column.
-Column = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Column = Annotated[
+    Annotated[str, Tag("a column")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("columns")],
+    Discriminator(lambda value: "columns" if isinstance(value, list | tuple) else "a column"),
+]
 
 
 class TableFiles(Section):

@@ -20,7 +20,8 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens_BKT: token ids, int32; what is behind the last token of a sequence is seen by none before it.
-        weights_BKT: of predicting each token from those before it, float32; over a batch they sum to 1.
+        weights_BKT: of predicting each token from those before it, float32; those of an example of which anything is
+            learned sum to its share.
         last_BK: position of the last token, at which a classifier reads; -1 where an example has fewer sequences.
         labels_B: class, number or right answer, float32.
         shares_B: of each example in the batch's loss, float32; they sum to 1.
@@ -94,8 +95,9 @@ class Dataset:
             for k, (start, stop) in enumerate(bounds):
                 learned = self._learned[start:stop]
                 tokens_BKT[row, k, : stop - start] = self._tokens[start:stop]
-                # Averaged over each sequence, then over sequences, as the authors' code does.
-                weights_BKT[row, k, : stop - start] = learned / (learned.sum() * len(bounds) * size)
+                # Averaged over each sequence, then over sequences, as the authors' code does. Of a conversation whose
+                # system message fills the context nothing is learned.
+                weights_BKT[row, k, : stop - start] = learned / (max(1, learned.sum()) * len(bounds) * size)
                 last_BK[row, k] = stop - start - 1
             labels_B[row], shares_B[row] = self.labels_N[number], 1 / size
         return Batch(tokens_BKT, weights_BKT, last_BK, labels_B, shares_B)

@@ -1,12 +1,9 @@
 """What a fine-tuned run answers to the task of a recipe, which may be another dataset of the same form."""
 
 from gpt1_jax.config import Recipe
-from gpt1_jax.data.examples import read_examples
 from gpt1_jax.evaluation.metrics import check_installed
 from gpt1_jax.evaluation.zero_shot import Answer, TaskFigures, limited
-from gpt1_jax.finetuning.dataset import Dataset
-from gpt1_jax.finetuning.forms import encode
-from gpt1_jax.finetuning.predictions import Predictor, Split
+from gpt1_jax.finetuning.predictions import Predictor, read_split
 from gpt1_jax.task_config import AnyTask, LastWord, MinimalPair, Substitution
 from gpt1_jax.training.run import Run
 
@@ -38,11 +35,10 @@ def evaluate_finetuned(run: Run, recipe: Recipe, limit: int | None = None) -> li
     found = []
     for name in ("validation", "test"):
         if name in task.tables:
-            examples, unlabelled = read_examples(task, name)
-            dataset = Dataset(encode(task, examples, run.tokenizer, config.context_length))
-            predictor = Predictor(config, Split(name, examples, unlabelled, dataset), run.tokenizer, run.mesh)
+            split = read_split(task, name, run.tokenizer, config.context_length)
+            predictor = Predictor(config, split, run.tokenizer, run.mesh)
             answers = predictor.answers(run.params)
-            scores = [()] * len(examples) if answers.scores is None else map(tuple, answers.scores.tolist())
+            scores = [()] * len(answers.predictions) if answers.scores is None else map(tuple, answers.scores.tolist())
             found.append(
                 TaskFigures(
                     task=recipe.name,
@@ -50,7 +46,7 @@ def evaluate_finetuned(run: Run, recipe: Recipe, limit: int | None = None) -> li
                     form=task.form,
                     method="fine-tuning",
                     rows=len(answers.predictions),
-                    unlabelled=unlabelled,
+                    unlabelled=split.unlabelled,
                     metrics=predictor.measured(answers, recipe.evaluation.resamples),
                     threshold=None,
                     answers=tuple(map(Answer, answers.predictions, answers.references, scores)),

@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.data.corpus import find_corpus
-from gpt1_jax.data.examples import read_examples
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
 from gpt1_jax.evaluation.metrics import check_installed
 from gpt1_jax.evaluation.perplexity import Evaluator, Tokens
-from gpt1_jax.finetuning.dataset import Batch, Dataset
-from gpt1_jax.finetuning.forms import check_room, encode, special_tokens
+from gpt1_jax.finetuning.dataset import Batch
+from gpt1_jax.finetuning.folder import check_epochs, check_folder
+from gpt1_jax.finetuning.forms import check_room, special_tokens
 from gpt1_jax.finetuning.loss import finetune_step
 from gpt1_jax.finetuning.order import EpochOrder
-from gpt1_jax.finetuning.predictions import Answers, Predictor, Split
+from gpt1_jax.finetuning.predictions import Answers, Predictor, Split, read_split
 from gpt1_jax.finetuning.start import first_params, run_config
 from gpt1_jax.model.transformer import Params, flops_per_token
 from gpt1_jax.reporting.report import write_report
@@ -82,7 +82,7 @@ def finetune(
         config: task, base and settings.
         hosts: the processes that do it together.
         say: prints a line.
-        allow_changes: go on with runs that another configuration made.
+        allow_changes: go on with runs that another configuration made, and measure them again.
 
     Returns:
         What results.json holds of each run: task, seed, best epoch and its step, the metrics of every epoch, those of
@@ -91,24 +91,30 @@ def finetune(
     Raises:
         UserError: before anything is trained, if something of the configuration, the task or the base is amiss.
     """
+    check_folder(config)
     base, mesh = _open_base(config)
     tokenizer = base.tokenizer.with_special_tokens(special_tokens(config.task))
     context_length = base.config.context_length
     check_room(config.task, context_length)
-    splits = {name: _read_split(config, name, tokenizer, context_length) for name in config.task.tables}
+    splits = {name: read_split(config.task, name, tokenizer, context_length) for name in config.task.tables}
     configs = []
     for seed in config.seeds:
         order = EpochOrder(splits["train"].dataset, config.train.batch_size, seed, context_length)
         found, choices = resolve(run_config(config, base.config, tokenizer, order.steps_per_epoch, seed))
         check_mesh(found, mesh)
         check_run(found, allow_changes)
+        check_epochs(found)
         configs.append(found)
-    for line in [*map(str, choices), *_counts(splits)] if hosts.process == 0 else ():
-        say(line)
-    text = _text(config, base, say if hosts.process == 0 else lambda line: None)
+    tell = say if hosts.process == 0 else lambda line: None
+    done = [run for run in configs if not allow_changes and hosts.first((run.run_dir / RESULTS).exists)]
+    for run in done:
+        tell(f"{run.run_dir}: done already, and not measured again; delete its {RESULTS} to have that")
+    for line in (*map(str, choices), *_counts(splits)):
+        tell(line)
+    text = _text(config, base, tell) if len(done) < len(configs) else None
     job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
     del base  # its weights are read again for each seed, and take no memory in between
-    results = [_run(job, found) for found in configs]
+    results = [read_results(run.run_dir) if run in done else _run(job, run) for run in configs]
     if len(results) > 1 and hosts.process == 0:
         summary = {"task": config.name, "runs": results, "summary": summarize(results)}
         write_atomically(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
@@ -158,14 +164,9 @@ def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
     return open_run(config.base, mesh), mesh
 
 
-def _read_split(config: FinetuneConfig, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
-    examples, unlabelled = read_examples(config.task, name)
-    return Split(name, examples, unlabelled, Dataset(encode(config.task, examples, tokenizer, context_length)))
-
-
 def _counts(splits: Mapping[str, Split]) -> list[str]:
     return [
-        f"task.{name}: {len(split.examples):,} examples, {split.dataset.truncated:,} of them truncated"
+        f"task.{name}: {len(split.dataset):,} examples, {split.dataset.truncated:,} of them truncated"
         + f", {split.unlabelled:,} rows without a label left out" * bool(split.unlabelled)
         for name, split in splits.items()
     ]
@@ -193,8 +194,6 @@ def _text(config: FinetuneConfig, base: Run, say: Callable[[str], None]) -> _Tex
 
 def _run(job: _Job, config: Config) -> Record:
     """Fine-tunes with one seed, chooses the best epoch, and measures it."""
-    if done := job.hosts.first(lambda: read_results(config.run_dir)):
-        return done
     validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -223,7 +222,7 @@ def _run(job: _Job, config: Config) -> Record:
         "step": best["step"],
         "epoch": best["epoch"],
         "epochs": epochs,
-        "examples": {name: len(split.examples) for name, split in job.splits.items()},
+        "examples": {name: len(split.dataset) for name, split in job.splits.items()},
         "truncated": {name: split.dataset.truncated for name, split in job.splits.items()},
         "unlabelled": {name: split.unlabelled for name, split in job.splits.items()},
         "figures": figures,

@@ -21,9 +21,9 @@ from gpt1_jax.data.examples import Choices, Conversation, Labelled, Pair
 from gpt1_jax.errors import UserError
 from gpt1_jax.task_config import Chat, MultipleChoice, Similarity, Task, TextToText
 from gpt1_jax.text.conversation import CHAT_TOKENS, encode_conversation
+from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
 
-START, DELIMITER, CLASSIFY = "_start_", "_delimiter_", "_classify_"
 _AT_ONCE = 1000  # examples whose texts are encoded in one call
 
 
@@ -124,12 +124,11 @@ class _Form:
         left = iter(texts)
         room = self._context_length // 2 - 2
         for example in examples:
-            context, question = next(left), next(left)[:room]
-            kept = context[: room - len(question)]
-            cuts = [
-                ([np.concatenate([kept, question]), answer[:room]], len(kept) < len(context) or len(answer) > room)
-                for answer in (next(left) for _ in example.answers)
-            ]
+            context, question = next(left), next(left)
+            over = len(context) + len(question) > room
+            asked = np.concatenate([context[: max(0, room - len(question))], question[:room]])
+            answers = [next(left) for _ in example.answers]
+            cuts = [([asked, answer[:room]], over or len(answer) > room) for answer in answers]
             yield self._classified(cuts, example.label)
 
     def _pairs(self, examples: Sequence[Pair]) -> Iterator[Encoded]:

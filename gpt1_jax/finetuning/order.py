@@ -3,7 +3,7 @@
 It is a pure function of seed and position: a run that is killed goes on where it was, and hosts agree without a word.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class EpochOrder:
             )
         self._dataset, self._batch_size, self._seed, self._context_length = dataset, batch_size, seed, context_length
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+        self._tokens_of = cache(self._count_tokens)
 
     def examples(self, indices: np.ndarray) -> Batch:
         """Examples of one batch by their place in the order of training."""
@@ -49,17 +50,14 @@ class EpochOrder:
         width = width_for(longest_S[place], self._context_length)
         return self._dataset.batch(numbers_SB[place][row], width, self._batch_size)
 
-    def widths(self) -> list[int]:
-        """Every width that a batch can have."""
-        longest = int(self._dataset.lengths_N.max())
-        return sorted({width_for(length, self._context_length) for length in range(1, longest + 1)})
-
     def tokens(self, examples: int) -> int:
         """Tokens of the first so many examples, without padding."""
-        per_epoch = self.steps_per_epoch * self._batch_size
-        epochs, rest = divmod(examples, per_epoch)
-        whole = sum(int(self._dataset.tokens_N[self._epoch(epoch)[0]].sum()) for epoch in range(epochs))
+        epochs, rest = divmod(examples, self.steps_per_epoch * self._batch_size)
+        whole = sum(map(self._tokens_of, range(epochs)))
         return whole + (int(self._dataset.tokens_N[self._epoch(epochs)[0].reshape(-1)[:rest]].sum()) if rest else 0)
+
+    def _count_tokens(self, epoch: int) -> int:
+        return int(self._dataset.tokens_N[self._epoch(epoch)[0]].sum())
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the examples, [steps, batch_size], and the longest length of each batch."""

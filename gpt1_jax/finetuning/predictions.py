@@ -9,20 +9,35 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.examples import Conversation, Pair
+from gpt1_jax.data.examples import read_examples
 from gpt1_jax.data.loader import global_batch
+from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.metrics import Measured, measure
 from gpt1_jax.finetuning.dataset import Batch, Dataset, width_for
-from gpt1_jax.finetuning.forms import DELIMITER, labels_are_numbers
+from gpt1_jax.finetuning.forms import encode, labels_are_numbers
 from gpt1_jax.finetuning.loss import task_scores
 from gpt1_jax.generation.beam import beam_search
 from gpt1_jax.generation.decode import generate
 from gpt1_jax.generation.sampling import GREEDY
 from gpt1_jax.model.sharding import axis_size, batch_sharding, replicated
 from gpt1_jax.model.transformer import Params
-from gpt1_jax.task_config import Chat, TextToText
+from gpt1_jax.task_config import Chat, LearnableTask, Task, TextToText
 from gpt1_jax.text.conversation import END, encode_prompt
+from gpt1_jax.text.special_tokens import DELIMITER
 from gpt1_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked to write.
+
+    Attributes:
+        prompts: token ids.
+        references: the text that should follow each.
+    """
+
+    prompts: list[np.ndarray]
+    references: list[str]
 
 
 @dataclass(frozen=True)
@@ -31,15 +46,15 @@ class Split:
 
     Attributes:
         name: train, validation or test.
-        examples: as its table has them.
         unlabelled: rows left out because they have no label.
         dataset: the examples as tokens.
+        questions: of a task that is answered with texts, unless the split is only learned from.
     """
 
     name: str
-    examples: Sequence[Any]
     unlabelled: int
     dataset: Dataset
+    questions: Questions | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,54 @@ class Answers:
     predictions: list[Any]
     references: list[Any]
     scores: np.ndarray | None
+
+
+def read_split(task: LearnableTask, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
+    """Reads and encodes a split of a task.
+
+    Raises:
+        UserError: if its table cannot be read, or an example of it is amiss.
+    """
+    examples, unlabelled = read_examples(task, name)
+    dataset = Dataset(encode(task, examples, tokenizer, context_length))
+    asked = None if name == "train" else questions(task, name, examples, dataset, tokenizer, context_length)
+    return Split(name, unlabelled, dataset, asked)
+
+
+def questions(
+    task: Task, split: str, examples: Sequence[Any], dataset: Dataset, tokenizer: Tokenizer, context_length: int
+) -> Questions | None:
+    """The prompts of a split, of conversations one for each answer, behind the true turns before; of classes None.
+
+    Args:
+        task: the form.
+        split: name of the split.
+        examples: as its table has them.
+        dataset: the same as tokens.
+        tokenizer: with the form's special tokens.
+        context_length: most tokens of a prompt and its answer.
+
+    Raises:
+        UserError: if a conversation's system message leaves no room for a question.
+    """
+    if isinstance(task, TextToText):
+        delimiter = tokenizer.special_id(DELIMITER)
+        whole = [dataset.sequences(number)[0] for number in range(len(examples))]
+        prompts = [tokens[: int(np.argmax(tokens == delimiter)) + 1] for tokens in whole]
+        return Questions(prompts, [example.target for example in examples])
+    if not isinstance(task, Chat):
+        return None
+    found = Questions([], [])
+    for number, example in enumerate(examples):
+        for place, message in enumerate(example.messages):
+            if message.role == "assistant":
+                try:
+                    prompt = encode_prompt(tokenizer, example.messages[:place], context_length - task.answer_tokens)
+                except UserError as error:
+                    raise UserError(f"task.{split}: example {number}: {error}") from None
+                found.prompts.append(prompt.tokens)
+                found.references.append(message.content)
+    return found
 
 
 class Predictor:
@@ -75,8 +138,8 @@ class Predictor:
 
     def answers(self, params: Params) -> Answers:
         """What the model with these weights answers."""
-        if isinstance(self._task, TextToText | Chat):
-            return self._texts(params)
+        if asked := self._split.questions:
+            return Answers(self._generate(params, asked.prompts), asked.references, None)
         scores_NC = self._all_scores(params)
         labels = self._split.dataset.labels_N
         if labels_are_numbers(self._task):
@@ -106,22 +169,8 @@ class Predictor:
         scores = np.concatenate([np.asarray(part) for part in found])[: len(order)]
         return scores[np.argsort(order)]
 
-    def _texts(self, params: Params) -> Answers:
-        """Greedy, or by beams where the task says so; of a conversation each answer, behind the true turns before."""
-        prompts, references = [], []
-        for number, example in enumerate(self._split.examples):
-            if isinstance(example, Pair):
-                sequence = self._split.dataset.sequences(number)[0]
-                prompts.append(sequence[: self._prompt_length(sequence)])
-                references.append(example.target)
-            else:
-                asked, answers = self._turns(example)
-                prompts += asked
-                references += answers
-        return Answers(self._generate(params, prompts), references, None)
-
     def _generate(self, params: Params, prompts: list[np.ndarray]) -> list[str]:
-        """The texts behind the prompts, in their order; prompts of like lengths share a batch."""
+        """The texts behind the prompts, in their order, greedily or by beams; those of like lengths share a batch."""
         task, config = self._task, self._config
         assert isinstance(task, TextToText | Chat)
         texts = isinstance(task, TextToText)
@@ -143,16 +192,6 @@ class Predictor:
             texts_of = (self._tokenizer.decode(completion.tokens).strip() for completion in completions)
             found |= dict(zip(numbers, texts_of, strict=True))
         return [found[number] for number in range(len(prompts))]
-
-    def _prompt_length(self, sequence: np.ndarray) -> int:
-        return int(np.argmax(sequence == self._tokenizer.special_id(DELIMITER))) + 1
-
-    def _turns(self, example: Conversation) -> tuple[list[np.ndarray], list[str]]:
-        assert isinstance(self._task, Chat)
-        room = self._config.context_length - self._task.answer_tokens
-        places = [place for place, message in enumerate(example.messages) if message.role == "assistant"]
-        asked = [encode_prompt(self._tokenizer, example.messages[:place], room).tokens for place in places]
-        return asked, [example.messages[place].content for place in places]
 
 
 class _Rows:

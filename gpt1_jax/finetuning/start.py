@@ -51,11 +51,15 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             f"train.frozen_layers={config.train.frozen_layers}: the model of {config.base} has "
             f"{base.model.num_layers} layers"
         )
+    lora = config.model.lora
+    if lora and "mlp_gate" in lora.targets and base.model.activation != "swiglu":
+        raise UserError(
+            f"model.lora.targets={list(lora.targets)}: the model of {config.base} has no mlp_gate, "
+            f"model.activation={base.model.activation}; leave it out"
+        )
     several = len(config.seeds) > 1
     steps = config.train.epochs * steps_per_epoch
-    update = config.optimizer
-    rule = {name: getattr(update, name) for name in UpdateRule.model_fields}
-    warmup = min(steps, round(update.warmup_fraction * steps))
+    rule = {name: getattr(config.optimizer, name) for name in UpdateRule.model_fields}
     found = Config(
         name=f"seed-{seed}" if several else config.name,
         runs_dir=str(config.run_dir) if several else config.runs_dir,
@@ -75,10 +79,14 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             **{name: getattr(config.train, name) for name in _OF_THE_TRAINING},
         ),
         optimizer=OptimizerConfig(
-            **rule, learning_rate=update.learning_rate, schedule=update.schedule, warmup_steps=warmup
+            **rule,
+            learning_rate=config.optimizer.learning_rate,
+            schedule=config.optimizer.schedule,
+            warmup_steps=round(config.optimizer.warmup_fraction * steps),
         ),
         mesh=config.mesh,
-        checkpoint=CheckpointConfig(every=steps_per_epoch, keep=config.train.epochs),  # the best may be any
+        # The best may be any epoch's; one that a signal left behind between two takes the place of none.
+        checkpoint=CheckpointConfig(every=steps_per_epoch, keep=1, keep_every=steps_per_epoch),
         evaluation=base.evaluation.model_copy(
             update={"every": steps_per_epoch, "batch_size": config.evaluation.batch_size}
         ),

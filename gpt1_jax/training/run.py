@@ -148,6 +148,22 @@ def read_results(path: epath.Path) -> dict[str, Any]:
         raise DamagedError(f"{results}: not what fine-tuning writes: {error!r}; delete it and run it again") from None
 
 
+def check_pretraining(config: Config) -> None:
+    """Checks that a configuration is of a run that learns from a corpus.
+
+    Raises:
+        UserError: if it is of a fine-tuned one, or has a part that fine-tuning alone would train.
+    """
+    if config.finetune is not None:
+        raise UserError(
+            f"finetune: {config.run_dir} is the configuration of a fine-tuned run; 'gpt1 finetune' makes such, from "
+            f"{config.finetune.base}; 'gpt1 train' and 'gpt1 plan' are of pre-training"
+        )
+    for key in ("num_classes", "lora"):
+        if (value := getattr(config.model, key)) is not None:
+            raise UserError(f"model.{key}={value}: nothing in pre-training would train it; 'gpt1 finetune' sets it")
+
+
 def check_run(config: Config, allow_changes: bool) -> None:
     """Checks that the run's newest checkpoint, if it has one, was made by this configuration.
 
