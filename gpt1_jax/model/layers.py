@@ -63,11 +63,10 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
-        self.lora_in = self.lora_out = None
-        if lora is not None:
-            self.lora_in = normal(rngs, (*inputs.values(), lora.rank), (*inputs, "rank"))
-            zero = jnp.zeros((lora.rank, *outputs.values()), jnp.float32)
-            self.lora_out = nnx.Param(zero, axes=("rank", *outputs))
+        rank = lora.rank if lora else 0
+        zeros = jnp.zeros((rank, *outputs.values()), jnp.float32)
+        self.lora_in = normal(rngs, (*inputs.values(), rank), (*inputs, "rank")) if lora else None
+        self.lora_out = nnx.Param(zeros, axes=("rank", *outputs)) if lora else None
         self.axes, self.num_inputs = (*inputs, *outputs), len(inputs)
         self.lora_scale = lora_scale(lora) if lora else 0.0
         self.dtype = dtype
