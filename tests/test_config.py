@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pydantic
 import pytest
 
-from gpt1_jax.config import Config
-from gpt1_jax.config_file import load_config, parse_config
+from gpt1_jax.config import Config, FinetuneConfig, Recipe
+from gpt1_jax.config_file import load_config, parse, parse_config
 from gpt1_jax.errors import UserError
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -316,3 +316,109 @@ def test_mistakes_in_recipes_are_located(tmp_path, content, message):
     text = f"data:\n  sources:\n    - kind: stories\n    - {{kind: recipe, file: {file}, weight: 2.0}}\n"
     with pytest.raises(UserError, match=message):
         parse_config(text, "c.yaml")
+
+
+TASK = """
+task:
+  form: similarity
+  first: chat
+  second: b
+  label: l
+  metrics: [pearson]
+  validation: {kind: files, paths: [x]}
+""".lstrip()
+
+
+def task_problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        parse(FinetuneConfig, text, "t.yaml", overrides)
+    return str(error.value).splitlines()
+
+
+FORMS = "classification, entailment, similarity, multiple_choice, text_to_text, chat"
+METRICS = "accuracy, f1, matthews, pearson, spearman, exact_match, bleu, chrf, rouge1, rouge2, rougeL"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("second: b", "second: b\n  secnd: c", "t.yaml:5: task.secnd=\"c\": unknown key; did you mean 'task.second'?"),
+        (
+            "similarity",
+            "similarty",
+            f"t.yaml:2: task.form=\"similarty\": choose from {FORMS}; did you mean 'similarity'?",
+        ),
+        ("similarity", "last_word", f't.yaml:2: task.form="last_word": choose from {FORMS}'),
+        ("  form: similarity\n", "", "t.yaml:1: task.form: required, but not given"),
+        (
+            "[pearson]",
+            "[pearsn]",
+            f"t.yaml:6: task.metrics.0=\"pearsn\": choose from {METRICS}; did you mean 'pearson'?",
+        ),
+        ("[pearson]", "[f1]", "t.yaml:6: task.metrics=f1: not a metric of numbers; choose from pearson, spearman"),
+        ("second: b", "second: 5", "t.yaml:4: task.second=5: input should be a valid string"),
+        ("second: b", "second: [b, 5]", "t.yaml:4: task.second.1=5: input should be a valid string"),
+        (
+            "kind: files",
+            "kind: file",
+            't.yaml:7: task.validation.kind="file": choose from files, tfds, huggingface, toy_language, toy_dialogue; '
+            "did you mean 'files'?",
+        ),
+        (
+            "[x]}",
+            "[x], heder: true}",
+            "t.yaml:7: task.validation.heder=true: unknown key; did you mean 'task.validation.header'?",
+        ),
+        ("label: l\n", "", "t.yaml:1: task.label: required, but not given"),
+        (
+            "label: l\n",
+            "label: l\n  labels: [a]\n  metrics: [f1]\n",
+            "t.yaml:7: task.metrics: given twice; keep one of them",
+        ),
+    ],
+)
+def test_mistakes_in_a_task_name_the_key_and_what_is_nearest(old: str, new: str, expected: str):
+    lines = task_problems(TASK.replace(old, new))
+    assert expected in lines and (len(lines) == 1 or "given twice" in expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.accumulation=3", "train.accumulation=3 does not divide train.batch_size=32"),
+        ("model.attention=splash", "model.attention=splash cannot drop attention probabilities"),
+        ("model.lora={rnk: 3}", "model.lora.rnk=3: unknown key; did you mean 'model.lora.rank'?"),
+        ("model.lora={targets: [qery]}", 'model.lora.targets.0="qery": choose from query, key,'),
+        ("model.lora={targets: []}", "model.lora.targets=[]"),
+        ("seeds=[1, 1]", "seeds=[1, 1]: give every seed once"),
+        ("seeds=[]", "seeds=[]"),
+        ("train.axiliary=1", "train.axiliary=1: unknown key; did you mean 'train.auxiliary'?"),
+        ("optimizer.layer_decay=0", "optimizer.layer_decay=0: input should be greater than 0"),
+        ("task.test={kind: tfds, dataset: d}", "task.test.split: required, but not given"),
+    ],
+)
+def test_mistakes_in_fine_tuning_are_one_line(override: str, expected: str):
+    (line,) = task_problems(TASK, override)
+    assert line.startswith("command line: ") and expected in line
+
+
+def test_zero_shot_of_two_kinds_is_told_apart():
+    task = TASK.replace("similarity", "classification").replace("first: chat\n  second: b", "text: t\n  labels: [a, b]")
+    task = task.replace("pearson", "f1")
+    assert (
+        parse(Recipe, task, "t.yaml", ["task.zero_shot={by: log_probability}"]).task.zero_shot.by == "log_probability"
+    )
+    zero_shot = "task.zero_shot={by: answers, prompt: '{text}', answers: [x, y], "
+    assert task_problems(task, zero_shot + "promt: z}") == [
+        "command line: task.zero_shot.promt=\"z\": unknown key; did you mean 'task.zero_shot.prompt'?"
+    ]
+    assert task_problems(task, "task.zero_shot={by: anwsers}") == [
+        "command line: task.zero_shot.by=\"anwsers\": choose from answers, log_probability; did you mean 'answers'?"
+    ]
+
+
+def test_a_fine_tuned_runs_configuration_reads_back():
+    config = parse(FinetuneConfig, TASK, "t.yaml", ["model.lora={rank: 4}", "seeds=[3, 1]", "task.first=[a, b]"])
+    assert config.task.first == ("a", "b")
+    whole = Config(finetune=config)
+    assert parse_config(whole.to_yaml(), "again") == whole

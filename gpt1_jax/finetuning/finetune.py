@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -204,7 +204,7 @@ def _run(job: _Job, config: Config) -> Record:
     lesson = _lesson(job, config)
     learn(config, lesson, job.tokenizer, job.mesh, evaluate, job.allow_changes, job.hosts)
     epochs = job.hosts.first(lambda: _epochs(config))
-    best = max(epochs, key=lambda epoch: epoch[f"validation_{job.config.task.metrics[0]}"])  # the first of equals
+    best = best_epoch(epochs, job.config.task.metrics[0])
     run = open_run(config.run_dir, job.mesh, best["step"])
     figures, files = {}, {}
     for name, split in job.splits.items():
@@ -235,6 +235,11 @@ def _run(job: _Job, config: Config) -> Record:
         write_atomically(config.run_dir / RESULTS, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
         write_report([config.run_dir])
     return record
+
+
+def best_epoch(epochs: Sequence[Record], metric: str) -> Record:
+    """The epoch that is best on the validation split by a metric, the first of equals."""
+    return max(epochs, key=lambda epoch: epoch[f"validation_{metric}"])
 
 
 def _lesson(job: _Job, config: Config) -> Lesson:

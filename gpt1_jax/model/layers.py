@@ -63,10 +63,11 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
         zeros = jnp.zeros(tuple(outputs.values()), jnp.float32)
         self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
-        # Each is set once: NNX does not let what was None become a parameter.
-        self.lora_in = normal(rngs, (*inputs.values(), lora.rank), (*inputs, "rank")) if lora else None
-        zero = jnp.zeros((lora.rank if lora else 0, *outputs.values()), jnp.float32)
-        self.lora_out = nnx.Param(zero, axes=("rank", *outputs)) if lora else None
+        rank = lora.rank if lora else 0
+        zeros = jnp.zeros((rank, *outputs.values()), jnp.float32)
+        # Each is set once: NNX lets nothing that was None become a parameter.
+        self.lora_in = normal(rngs, (*inputs.values(), rank), (*inputs, "rank")) if lora else None
+        self.lora_out = nnx.Param(zeros, axes=("rank", *outputs)) if lora else None
         self.axes, self.num_inputs = (*inputs, *outputs), len(inputs)
         self.lora_scale = lora_scale(lora) if lora else 0.0
         self.dtype = dtype

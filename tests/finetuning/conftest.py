@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from gpt1_jax.config import FinetuneConfig
-from gpt1_jax.config_file import parse
+from gpt1_jax.config import Config, FinetuneConfig, ModelConfig
+from gpt1_jax.config_file import parse, parse_config
 from gpt1_jax.finetuning.dataset import Dataset
-from gpt1_jax.finetuning.forms import Encoded
+from gpt1_jax.finetuning.forms import Encoded, special_tokens
+from gpt1_jax.finetuning.start import run_config
+from gpt1_jax.model.transformer import Params, abstract_params
+from gpt1_jax.training.choices import resolve
 
 ROWS = {"kind": "files", "paths": ["rows.jsonl"]}
 TASKS: dict[str, dict[str, object]] = {
@@ -34,6 +39,43 @@ def settings() -> MakeSettings:
         return parse(FinetuneConfig, json.dumps({"task": {**TASKS[task], **tables, **keys}}), "task.yaml", overrides)
 
     return make
+
+
+BASE = (
+    "model: {vocab_size: 28, context_length: 16, num_layers: 2, embed_dim: 24, num_heads: 2, mlp_dim: 96MORE}\n"
+    "evaluation: {sample_tokens: 4}\n"
+)
+QUIET = ["model.dtype=float32", "model.dropout=0.0", "model.attention_dropout=0.0", "model.classifier_dropout=0.0"]
+QUIET += ["model.scan_layers=true"]
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def run_of(settings: MakeSettings) -> MakeConfig:
+    """Makes the configuration of a run over letters, without dropout, of one epoch of 10 updates of 8 examples."""
+
+    def make(task: str, *overrides: str, model: str = "", **keys: object) -> Config:
+        config = settings(task, *QUIET, "base=base", "train.batch_size=8", "train.epochs=1", *overrides, **keys)
+        tokenizer = Letters().with_special_tokens(special_tokens(config.task))
+        base = parse_config(BASE.replace("MORE", model), "base")
+        return resolve(run_config(config, base, tokenizer, 10, seed=0))[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[[ModelConfig], Params]:
+    """Draws weights of which every bias and gain counts."""
+
+    def draw(model: ModelConfig, seed: int = 0, std: float = 0.2) -> Params:
+        rng = np.random.default_rng(seed)
+
+        def leaf(path: tuple, shape: Any) -> np.ndarray:
+            return rng.normal(path[-1].key == "scale", std, shape.shape).astype(np.float32)
+
+        return jax.device_put(jax.tree.map_with_path(leaf, abstract_params(model)))
+
+    return draw
 
 
 class Letters:
@@ -65,6 +107,12 @@ class Letters:
         return b"letters"
 
 
+@pytest.fixture(scope="session")
+def letters() -> Letters:
+    """That tokenizer, without special tokens."""
+    return Letters()
+
+
 def examples_of(sequences: Sequence[Sequence[Sequence[int]]], labels: Sequence[float] | None = None) -> list[Encoded]:
     """Examples of given tokens, of which all but the first of a sequence are learned."""
     return [
@@ -79,18 +127,26 @@ def examples_of(sequences: Sequence[Sequence[Sequence[int]]], labels: Sequence[f
 
 
 @pytest.fixture(scope="session")
+def dataset_of() -> Callable[..., Dataset]:
+    """Makes a dataset of given tokens: examples, their sequences, and the tokens of each."""
+    return lambda sequences, labels=None: Dataset(examples_of(sequences, labels))
+
+
+@pytest.fixture(scope="session")
 def random_dataset() -> Callable[..., Dataset]:
     """Makes examples of random tokens; lengths have the long tail that texts have."""
 
-    def make(size: int, choices: Sequence[int] = (1,), vocab: int = 97, longest: int = 16, seed: int = 0) -> Dataset:
+    def make(
+        size: int, choices: Sequence[int] = (1,), vocab: int = 28, longest: int = 16, typical: int = 5, seed: int = 0
+    ) -> Dataset:
         rng = np.random.default_rng(seed)
         sequences = [
             [
-                rng.integers(0, vocab, np.clip(int(rng.lognormal(1.6, 0.6)) + 2, 2, longest)).tolist()
+                rng.integers(0, vocab, np.clip(int(typical * rng.lognormal(0, 0.6)) + 2, 2, longest)).tolist()
                 for _ in range(choices[number % len(choices)])
             ]
             for number in range(size)
         ]
-        return Dataset(examples_of(sequences, rng.integers(0, min(choices) + 1, size).tolist()))
+        return Dataset(examples_of(sequences, rng.integers(0, max(2, min(choices)), size).tolist()))
 
     return make

@@ -7,15 +7,17 @@ from gpt1_jax.data.examples import Choices, Conversation, Labelled, Pair
 from gpt1_jax.errors import UserError
 from gpt1_jax.finetuning.forms import check_room, encode, labels_are_numbers, special_tokens
 from gpt1_jax.text.conversation import Message
-from tests.finetuning.conftest import Letters
 
 START, DELIMITER, CLASSIFY = 28, 29, 30  # behind the vocabulary, in this order
 SYSTEM, USER, ASSISTANT, END = 28, 29, 30, 31
 
 
-def encoded(task, examples, context_length=16):
-    tokenizer = Letters().with_special_tokens(special_tokens(task))
-    return list(encode(task, examples, tokenizer, context_length))
+@pytest.fixture
+def encoded(letters):
+    def encoded(task, examples, context_length=16):
+        return list(encode(task, examples, letters.with_special_tokens(special_tokens(task)), context_length))
+
+    return encoded
 
 
 def tokens(example):
@@ -26,17 +28,17 @@ def learned(example):
     return [mask.astype(int).tolist() for mask in example.learned]
 
 
-def test_special_tokens_of_each_form(settings):
+def test_special_tokens_of_each_form(settings, letters):
     three, two = ("_start_", "_delimiter_", "_classify_"), ("_start_", "_delimiter_")
     for form in ("classification", "number", "entailment", "similarity", "multiple_choice"):
         assert special_tokens(settings(form).task) == three
     assert special_tokens(settings("text_to_text").task) == two
     assert special_tokens(settings("chat").task) == ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
     # On a chat model they come behind those it has.
-    assert Letters(("<|end|>",)).with_special_tokens(two).special_id("_delimiter_") == 30
+    assert letters.with_special_tokens(["<|end|>"]).with_special_tokens(two).special_id("_delimiter_") == 30
 
 
-def test_classification(settings):
+def test_classification(settings, encoded):
     (example,) = encoded(settings("classification").task, [Labelled(("abc",), 2)])
     assert tokens(example) == [[START, 0, 1, 2, CLASSIFY]]
     assert learned(example) == [[0, 1, 1, 1, 1]]  # the classify token too, as the authors' mask has it
@@ -44,19 +46,19 @@ def test_classification(settings):
     assert [array.dtype for array in (*example.sequences, *example.learned)] == [np.int32, bool]
 
 
-def test_one_text_may_fill_the_context(settings):
+def test_one_text_may_fill_the_context(settings, encoded):
     task = settings("classification").task
     whole, cut = encoded(task, [Labelled(("a" * 13 + "b",), 0), Labelled(("a" * 13 + "bc",), 0)])
     assert tokens(whole) == tokens(cut) == [[START, *[0] * 13, 1, CLASSIFY]]
     assert (whole.truncated, cut.truncated) == (False, True)
 
 
-def test_an_empty_text_is_two_special_tokens(settings):
+def test_an_empty_text_is_two_special_tokens(settings, encoded):
     (example,) = encoded(settings("classification").task, [Labelled(("",), 0)])
     assert tokens(example) == [[START, CLASSIFY]] and learned(example) == [[0, 1]]
 
 
-def test_entailment(settings):
+def test_entailment(settings, encoded):
     task = settings("entailment").task
     fits, first_cut, both_cut = encoded(
         task, [Labelled(("ab", "c"), 1), Labelled(("abcdefg", "a"), 0), Labelled(("abcdefgh", "zyxwvuts"), 0)]
@@ -69,7 +71,7 @@ def test_entailment(settings):
     assert len(both_cut.sequences[0]) <= 16
 
 
-def test_similarity_has_both_orders(settings):
+def test_similarity_has_both_orders(settings, encoded):
     (example,) = encoded(settings("similarity").task, [Labelled(("ab", "cde"), 2.5)])
     assert tokens(example) == [
         [START, 0, 1, DELIMITER, 2, 3, 4, CLASSIFY],
@@ -79,7 +81,7 @@ def test_similarity_has_both_orders(settings):
     assert example.label == 2.5
 
 
-def test_multiple_choice_has_a_sequence_for_each_answer(settings):
+def test_multiple_choice_has_a_sequence_for_each_answer(settings, encoded):
     (example,) = encoded(settings("multiple_choice").task, [Choices("ab", "", ("c", "de", "f"), 1)])
     assert tokens(example) == [
         [START, 0, 1, DELIMITER, 2, CLASSIFY],
@@ -89,7 +91,7 @@ def test_multiple_choice_has_a_sequence_for_each_answer(settings):
     assert example.label == 1.0
 
 
-def test_a_question_follows_its_context_which_is_what_is_cut(settings):
+def test_a_question_follows_its_context_which_is_what_is_cut(settings, encoded):
     task = settings("multiple_choice", question="q").task
     fits, context_cut, answer_cut, question_cut, question_alone = encoded(
         task,
@@ -113,7 +115,7 @@ def test_a_question_follows_its_context_which_is_what_is_cut(settings):
     assert [example.truncated for example in cuts] == [False, True, True, True, True]
 
 
-def test_text_to_text_learns_the_target_and_its_end(settings):
+def test_text_to_text_learns_the_target_and_its_end(settings, encoded):
     task = settings("text_to_text").task  # of 16 tokens 6 are for the target, and 2 for start and delimiter
     fits, source_cut, target_cut, empty = encoded(
         task, [Pair("ab", "cd"), Pair("abcdefghi", "j"), Pair("a", "bcdefg"), Pair("a", "")]
@@ -131,23 +133,28 @@ def conversation(*contents, system=None):
     return Conversation(tuple(([Message("system", system)] if system else []) + messages))
 
 
-def test_chat_learns_the_answers_and_their_ends(settings):
+def test_chat_learns_the_answers_and_their_ends(settings, encoded):
     (example,) = encoded(settings("chat").task, [conversation("a", "bc", "d", "e", system="f")], 20)
     assert tokens(example) == [[SYSTEM, 5, END, USER, 0, END, ASSISTANT, 1, 2, END, USER, 3, END, ASSISTANT, 4, END]]
     assert learned(example) == [[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]]
     assert not example.truncated
 
 
-def test_chat_leaves_out_the_oldest_turn(settings):
+def test_chat_leaves_out_the_oldest_turn(settings, encoded):
     (example,) = encoded(settings("chat").task, [conversation("a", "bc", "d", "e", system="f")], 14)
     assert tokens(example) == [[SYSTEM, 5, END, USER, 3, END, ASSISTANT, 4, END]]
     assert example.truncated
 
 
-def test_more_examples_than_are_encoded_at_once_keep_their_order(settings):
+def test_a_system_message_that_fills_the_context_leaves_nothing_to_learn(settings, encoded):
+    (example,) = encoded(settings("chat").task, [conversation("a", "b", system="c" * 20)], 14)
+    assert tokens(example) == [[SYSTEM, *[2] * 13]] and learned(example) == [[0] * 14]
+    assert example.truncated
+
+
+def test_more_examples_than_are_encoded_at_once_keep_their_order(settings, encoded, letters):
     words = [f"{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}" for n in range(2101)]
     found = encoded(settings("entailment").task, [Labelled((word, word[::-1]), 0) for word in words])
-    letters = Letters()
     assert [letters.decode(example.sequences[0]) for example in found] == [word + word[::-1] for word in words]
 
 
