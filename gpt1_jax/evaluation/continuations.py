@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
+from gpt1_jax.model.attention_kernels import at_length
 from gpt1_jax.model.cross_entropy import token_nats_and_greedy
 from gpt1_jax.model.segments import document_starts
 from gpt1_jax.model.sharding import axis_size, batch_sharding, constrain
@@ -136,9 +137,7 @@ class Predictor:
         return found
 
     def _predict(self, params: Params, tokens_BT: Int[Array, "B T+1"]) -> tuple[Array, Array]:
-        model = self._model
-        if tokens_BT.shape[1] <= self._context_length:  # the kernel of attention was chosen for the whole context
-            model = model.model_copy(update={"attention": "xla"})
+        model = at_length(self._model, tokens_BT.shape[1] - 1)
         return _predict(params, tokens_BT, self._separator_id, config=model, packed=self._packed)
 
     def _width(self, length: int) -> int:

@@ -155,13 +155,14 @@ class Predictor:
     def _all_scores(self, params: Params) -> np.ndarray:
         """Scores of all examples, in their order; they are computed in the order of their lengths."""
         dataset, devices = self._split.dataset, axis_size(self._mesh, "batch")
+        multiple = axis_size(self._mesh, "sequence")
         wanted = max(1, self._config.evaluation.batch_size // dataset.choices)
         size = -(-min(wanted, len(dataset)) // devices) * devices
         order = np.argsort(dataset.lengths_N, kind="stable")
         found = []
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            width = width_for(int(dataset.lengths_N[numbers].max()), self._config.context_length)
+            width = width_for(int(dataset.lengths_N[numbers].max()), self._config.context_length, multiple)
             padded = np.append(numbers, np.full(size - len(numbers), -1))
             batch = global_batch(_Rows(dataset, padded, width), 0, size, batch_sharding(self._mesh))
             with jax.set_mesh(self._mesh):

@@ -68,7 +68,7 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             update={
                 **{name: getattr(config.model, name) for name in _OF_THE_MODEL},
                 "vocab_size": tokenizer.vocab_size,
-                "special_tokens": len(tokenizer.special_tokens),
+                "special_tokens": base.model.special_tokens + tokenizer.vocab_size - base.model.vocab_size,
                 "num_classes": classes(config.task),
             }
         ),

@@ -113,7 +113,7 @@ def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -
     if not (path / CONFIG).exists():
         raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
     with Checkpoints(path) as checkpoints:
-        step = step or read_results(path).get("step") or checkpoints.latest()
+        step = read_results(path).get("step", checkpoints.latest()) if step is None else step
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
