@@ -119,10 +119,9 @@ def splash_refuses(length: int) -> str | None:
 
 def at_length(config: ModelConfig, length: int) -> ModelConfig:
     """A model whose kernel of attention was chosen for its context, for sequences of another length."""
-    takes = {"splash": splash_refuses(length) is None, "cudnn": length % _CUDNN_LENGTHS == 0}.get(
-        config.attention, True
-    )
-    return config if takes else config.model_copy(update={"attention": "xla"})
+    splash_cannot = config.attention == "splash" and splash_refuses(length)
+    cudnn_cannot = config.attention == "cudnn" and length % _CUDNN_LENGTHS
+    return config.model_copy(update={"attention": "xla"}) if splash_cannot or cudnn_cannot else config
 
 
 def cudnn_refuses(head_dim: int, dtype: str) -> str | None:

@@ -76,8 +76,8 @@ class GPT(nnx.Module):
             cache: keys and values of every layer, [L, B, S, K, H], for decoding; see :func:`empty_cache`.
             slot: with a cache, the slot of the first of the T tokens.
             dropout_key: random key; None switches every dropout off.
-            frozen_layers: the parameters of the lowest so many have no gradient; it goes back through them all the same,
-                to the embeddings, some of which may be new.
+            frozen_layers: the parameters of the lowest so many have no gradient; it goes back through them, to the
+                embeddings, some of which may be new.
 
         Returns:
             The last hidden states in the compute dtype, and the updated cache (None if none was given).
