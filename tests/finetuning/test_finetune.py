@@ -237,7 +237,7 @@ def test_damaged_results_are_named(workshop, classified):
     path = workshop.folder / "classification" / "seed-1" / "results.json"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    with pytest.raises(DamagedError, match="results.json: not what fine-tuning writes"):
+    with pytest.raises(DamagedError, match=r"results\.json: not what fine-tuning writes"):
         workshop.finetune("classification", CLASSES, *TWO_EPOCHS, "seeds=[0, 1]")
     path.write_bytes(whole)
 
@@ -252,7 +252,7 @@ def test_the_best_epoch_is_the_first_of_equals(values, best):
 
 SIMILARITY = {"form": "similarity", "first": "a", "second": "b", "label": "label", "metrics": ["pearson", "spearman"]}
 CHOICES = {"form": "multiple_choice", "context": "c", "answers": "answers", "label": "label"}
-TEXTS = {"form": "text_to_text", "source": "a", "target": "b", "target_tokens": 6, "beams": 2}
+TEXTS: dict[str, object] = {"form": "text_to_text", "source": "a", "target": "b", "target_tokens": 6, "beams": 2}
 TEXTS["metrics"] = ["exact_match", "chrf"]
 CHAT = {"form": "chat", "answer_tokens": 5}
 

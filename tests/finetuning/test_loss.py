@@ -138,7 +138,7 @@ def test_similarity_adds_the_states_of_both_orders(run_of, random_params, datase
 
 @pytest.fixture(scope="module")
 def choices(run_of):
-    """Of multiple choice with all dropout on the classifier alone: its configuration, loss with a key, loss and gradient without."""
+    """Of multiple choice with dropout on the classifier: configuration, loss with a key, loss and gradient without."""
     config = run_of("multiple_choice", "model.classifier_dropout=0.5", "train.auxiliary=0")
     dropped = compiled(lambda params, batch, key: finetune_loss(config, params, batch, DropoutKey(key)))
     without = compiled(jax.value_and_grad(lambda params, batch: finetune_loss(config, params, batch, None)))

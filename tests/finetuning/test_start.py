@@ -1,5 +1,6 @@
 """From a run to the configuration and the first weights of a fine-tuned one."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,11 +33,16 @@ def base_of(run_of, random_params, letters):
 
 
 def drawn(config):
-    return init_params(config.model, jax.random.split(jax.random.key(config.seed))[0])
+    return jax.jit(init_params, static_argnums=0)(config.model, jax.random.split(jax.random.key(config.seed))[0])
 
 
 def same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def near(found, expected):
+    """But for the rounding of another program."""
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), found, expected)
 
 
 def test_the_base_is_kept_and_rows_are_appended(run_of, base_of):
@@ -59,7 +65,7 @@ def test_an_old_classifier_is_left_behind_though_it_would_fit(run_of, base_of):
     base = base_of(config, vocab_size=31, special_tokens=3, num_classes=3)
     found = first_params(config, base)
     same(found["embedding"], base.params["embedding"])  # with the special tokens that it has learned
-    same(found["classifier_kernel"], drawn(config)["classifier_kernel"])
+    near(found["classifier_kernel"], drawn(config)["classifier_kernel"])
 
 
 def test_old_low_rank_updates_are_merged_and_new_ones_begin_at_nothing(run_of, base_of):
@@ -68,7 +74,7 @@ def test_old_low_rank_updates_are_merged_and_new_ones_begin_at_nothing(run_of, b
     found = first_params(config, base)
     old = merged(base.config.model, base.params)["blocks"]["attention"]
     for name in ("query", "key", "value", "out"):
-        np.testing.assert_allclose(found["blocks"]["attention"][name]["kernel"], old[name]["kernel"], rtol=1e-6)
+        np.testing.assert_allclose(found["blocks"]["attention"][name]["kernel"], old[name]["kernel"], rtol=1e-6, atol=1e-7)
     query = found["blocks"]["attention"]["query"]
     assert not query["lora_out"].any() and abs(np.asarray(query["lora_in"]).std() - 0.02) < 0.005
     assert "lora_in" not in found["blocks"]["attention"]["key"]
@@ -79,13 +85,13 @@ def test_an_output_projection_of_its_own_gets_rows_too(run_of, base_of):
     base = base_of(config)
     found = first_params(config, base)
     same(found["output_kernel"][:28], base.params["output_kernel"])
-    same(found["output_kernel"][28:], drawn(config)["output_kernel"][28:])
+    near(found["output_kernel"][28:], drawn(config)["output_kernel"][28:])
     assert found["output_kernel"].shape == (30, 24)
 
 
 def test_from_scratch_has_nothing_of_the_base(run_of, base_of):
     config = run_of("classification", "train.from_scratch=true")
-    same(first_params(config, base_of(config)), drawn(config))
+    near(first_params(config, base_of(config)), drawn(config))
 
 
 def test_the_configuration_of_a_run(run_of):
