@@ -171,7 +171,10 @@ class ZeroShotEvaluator:
             answers.append(Answer(said, _right(example), scores))
         said, right = [answer.said for answer in answers], [answer.right for answer in answers]
         resamples, seed = recipe.evaluation.resamples, recipe.seeds[0]
-        metrics: dict[str, Measured] = {name: measure(name, said, right, resamples, seed) for name in _metrics(task)}
+        classes = len(getattr(task, "labels", ()))
+        metrics: dict[str, Measured] = {
+            name: measure(name, said, right, resamples, seed, classes=classes) for name in _metrics(task)
+        }
         if isinstance(task, LastWord):
             metrics["perplexity"] = word_perplexity([-answer.scores[0] for answer in answers], resamples, seed)
         return TaskFigures(

@@ -148,8 +148,10 @@ class Predictor:
 
     def measured(self, answers: Answers, resamples: int) -> dict[str, Measured]:
         """Every metric of the task."""
+        classes = len(getattr(self._task, "labels", ()))
         return {
-            metric: measure(metric, answers.predictions, answers.references, resamples) for metric in self._task.metrics
+            metric: measure(metric, answers.predictions, answers.references, resamples, classes=classes)
+            for metric in self._task.metrics
         }
 
     def _all_scores(self, params: Params) -> np.ndarray:

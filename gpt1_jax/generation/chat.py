@@ -73,8 +73,8 @@ class Chat:
                 return
             if line.startswith("/"):
                 self._obey(line)
-            elif line.strip():
-                self._answer(line)
+            elif question := line.strip():  # as messages are learned from; a space before "/" has done its work
+                self._answer(question)
 
     def _obey(self, line: str) -> None:
         command, _, text = line.partition(" ")

@@ -91,7 +91,7 @@ def test_quit_the_end_and_an_interrupt_end_it(talk):
 
 def test_an_unknown_command_is_not_a_question(talk):
     found = talk(["/rest", "/quit now", " /rest"])
-    assert len(found.asked) == 1 and found.chat.messages[0].content == " /rest"
+    assert len(found.asked) == 1 and found.chat.messages[0].content == "/rest"
     assert len(found.notes) == 2
     assert all("no such command; /reset forgets" in note and "begins with a space" in note for note in found.notes)
 
