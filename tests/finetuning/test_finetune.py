@@ -122,7 +122,8 @@ def test_results_of_several_seeds(workshop, classified):
         run = folder / f"seed-{seed}"
         assert found == json.loads((run / "results.json").read_text())
         assert list(found) == [
-            *("run", "task", "base", "seed", "step", "epoch", "epochs", "examples", "truncated", "unlabelled"),
+            *("run", "task", "base", "base_step", "seed", "step", "epoch", "epochs"),
+            *("examples", "truncated", "unlabelled"),
             *("figures", "perplexity"),
         ]
         assert (found["run"], found["base"], found["seed"]) == (str(run), f"{workshop.folder}/base", seed)
@@ -157,13 +158,18 @@ def test_what_is_done_is_read_and_not_made_again(workshop, classified, monkeypat
     def never(*arguments):
         pytest.fail("made again")
 
-    for name in ("learn", "Evaluator", "Predictor"):
+    for name in ("_text", "_run"):
         monkeypatch.setattr(module, name, never)
     assert workshop.finetune("classification", CLASSES, *TWO_EPOCHS, "seeds=[0, 1]") == classified
     assert any("seed-1: done already, and not measured again" in line for line in workshop.said)
+    summary = workshop.folder / "classification" / "results.json"
+    before = summary.read_bytes()
+    monkeypatch.setattr(module, "_text", lambda *arguments: None)
     monkeypatch.setattr(module, "_run", lambda job, config: {**classified[1], "seed": config.seed})
-    third = workshop.finetune("classification", CLASSES, *TWO_EPOCHS, "seeds=[0, 1, 2]", "evaluation.max_tokens=null")
+    third = workshop.finetune("classification", CLASSES, *TWO_EPOCHS, "seeds=[0, 1, 2]")  # the one that is missing
     assert third[:2] == classified and third[2]["seed"] == 2
+    assert json.loads(summary.read_text())["runs"] == third
+    summary.write_bytes(before)
 
 
 def test_killed_in_its_second_epoch_it_ends_as_if_it_had_not_been(workshop, classified, monkeypatch):
