@@ -188,7 +188,19 @@ def _texts(row: Row, column: Column) -> tuple[str, ...]:
 def _stripped(found: object, row: Row, name: str) -> str:
     if not isinstance(found, str):
         raise UserError(f"{row.where}: column '{name}' holds {_shown(found)}, which is no text")
+    _check_text(found, f"{row.where}: column '{name}'")
     return found.strip()
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell, and which UTF-8 and so no tokenizer has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {text[error.start]!a} at character {error.start}, half of a surrogate pair, which is no "
+            "text; write the whole character, or leave the row out"
+        ) from None
 
 
 def _shown(found: object) -> str:
@@ -268,6 +280,7 @@ def _message(item: object, where: str) -> Message:
         raise UserError(f"{where}: the role is {_shown(role)!r}; it must be one of {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{where}: the content is {_shown(content)!r}; it must be text")
+    _check_text(content, f"{where}: the content")
     return Message(role, content.strip())
 
 

@@ -88,6 +88,14 @@ def test_what_is_no_text_is_refused(read, held):
         read([{"text": held, "label": 0}], **CLASSES)
 
 
+def test_half_of_a_surrogate_pair_is_refused(read):
+    message = r"holds '\\ud83d' at character 2, half of a surrogate pair"
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: column 'text' {message}"):
+        read([{"text": "a \ud83d", "label": 0}], **CLASSES)
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: messages\.0: the content {message}"):
+        read([{"messages": [{"role": "user", "content": "a \ud83d"}]}], form="chat")
+
+
 def test_choices(read):
     row = {"c": "context", "q": "why?", "answers": ["a", " b ", "c"], "x": "first", "y": "second", "right": 2}
     assert read([row], **CHOICES) == ([Choices("context", "", ("a", "b", "c"), 2)], 0)
