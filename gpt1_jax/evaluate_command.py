@@ -172,15 +172,15 @@ def _of_run(run: "Run") -> dict[str, Any]:
 
 
 def _shown(result: "TaskFigures") -> dict[str, Any]:
-    """A result as JSON, without the answers."""
+    """A result as JSON, without the answers to single rows."""
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    del fields["answers"]
+    del fields["answers"], fields["places"]
     return fields | {"metrics": {name: measured._asdict() for name, measured in result.metrics.items()}}
 
 
 def _lines(result: "TaskFigures") -> list[dict[str, Any]]:
-    place = {"task": result.task, "split": result.split}
-    return [place | {"example": number} | answer._asdict() for number, answer in enumerate(result.answers, 1)]
+    asked = {"task": result.task, "split": result.split}
+    return [asked | place | answer._asdict() for place, answer in zip(result.places, result.answers, strict=True)]
 
 
 def _print_task(result: "TaskFigures") -> None:

@@ -50,6 +50,7 @@ def evaluate_finetuned(run: Run, recipe: Recipe, limit: int | None = None) -> li
                     metrics=predictor.measured(answers, recipe.evaluation.resamples),
                     threshold=None,
                     answers=tuple(map(Answer, answers.predictions, answers.references, scores)),
+                    places=tuple(answers.places),
                 )
             )
     return found
