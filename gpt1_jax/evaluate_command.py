@@ -124,14 +124,17 @@ def _evaluate_tasks(
     from gpt1_jax.config_file import load
     from gpt1_jax.data.storage import write_atomically
     from gpt1_jax.evaluation.zero_shot import ZeroShotEvaluator, check_zero_shot
-    from gpt1_jax.finetuning.evaluate import can_answer, evaluate_finetuned
+    from gpt1_jax.finetuning.evaluate import can_answer, check_finetuned, evaluate_finetuned
     from gpt1_jax.training.run import open_run
 
     asked = [load(Recipe, recipe) for recipe in recipes]
     run = open_run(folder)
-    untrained = [recipe for recipe in asked if not can_answer(run, recipe.task)]
-    for recipe in untrained:
-        check_zero_shot(recipe)
+    untrained = [recipe for recipe in asked if not can_answer(run, recipe)]
+    for recipe in asked:
+        if recipe in untrained:
+            check_zero_shot(recipe)
+        else:
+            check_finetuned(run, recipe)
     ask = ZeroShotEvaluator(run) if untrained else None
     found: list[TaskFigures] = []
     for recipe in asked:
