@@ -3,7 +3,6 @@ import json
 import lzma
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -150,7 +149,7 @@ class Talks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         for number in range(3):
             yield (
                 number,
@@ -184,7 +183,7 @@ def test_tfds_records_are_plain_values(tmp_path):
 
 
 class Latin(Talks):
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         for number, record in super()._generate_examples():
             yield (
                 number,
