@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.data.corpus import find_corpus
 from gpt1_jax.data.storage import write_atomically
-from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
 from gpt1_jax.evaluation.metrics import check_installed
 from gpt1_jax.evaluation.perplexity import Evaluator, Tokens
@@ -236,7 +236,7 @@ def _run(job: _Job, config: Config) -> Record:
 
     lesson = _lesson(job, config)
     learn(config, lesson, job.tokenizer, job.mesh, evaluate, job.allow_changes, job.hosts)
-    epochs = job.hosts.first(lambda: _epochs(config))
+    epochs = _epochs(job, config, evaluate)
     best = best_epoch(epochs, job.config.task.metrics[0])
     run = open_run(config.run_dir, job.mesh, best["step"])
     figures, files = {}, {}
@@ -295,20 +295,23 @@ def _lesson(job: _Job, config: Config) -> Lesson:
     )
 
 
-def _epochs(config: Config) -> list[Record]:
-    """The metrics of every epoch on the validation split, in their order."""
-    assert config.finetune is not None
-    names = [f"validation_{metric}" for metric in config.finetune.task.metrics]
-    records = [record for record in read_records(config.run_dir / METRICS, "step") if names[0] in record]
-    if [record["step"] for record in records] != list(
-        range(config.checkpoint.every, config.train.steps + 1, config.checkpoint.every)
-    ):
-        raise DamagedError(
-            f"{config.run_dir}: {METRICS} does not hold the metrics of every epoch; remove the folder and begin again"
-        )
+def _epochs(job: _Job, config: Config, evaluate: Callable[[Params], dict[str, float]]) -> list[Record]:
+    """The metrics of every epoch on the validation split, in their order.
+
+    An epoch of whose metrics the log lacks one, as where it was made with others, is measured again.
+    """
+    names = [f"validation_{metric}" for metric in job.config.task.metrics]
+    steps = range(config.checkpoint.every, config.train.steps + 1, config.checkpoint.every)
+
+    def logged() -> list[dict[str, float] | None]:
+        records = [record for record in read_records(config.run_dir / METRICS, "step") if record.keys() >= set(names)]
+        figures = {record["step"]: {name: record[name] for name in names} for record in records}
+        return [figures.get(step) for step in steps]
+
+    known = job.hosts.first(logged)  # all hosts measure the same epochs, for they do it together
     return [
-        {"epoch": number, "step": record["step"], **{name: record[name] for name in names}}
-        for number, record in enumerate(records, 1)
+        {"epoch": number, "step": step, **(figures or evaluate(open_run(config.run_dir, job.mesh, step).params))}
+        for number, (step, figures) in enumerate(zip(steps, known, strict=True), 1)
     ]
 
 

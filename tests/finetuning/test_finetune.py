@@ -5,6 +5,7 @@ import os
 import signal
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -246,6 +247,29 @@ def test_damaged_results_are_named(workshop, classified):
     with pytest.raises(DamagedError, match=r"results\.json: not what fine-tuning writes"):
         workshop.finetune("classification", CLASSES, *TWO_EPOCHS, "seeds=[0, 1]")
     path.write_bytes(whole)
+
+
+def test_an_epoch_whose_metrics_the_log_lacks_is_measured_again(tmp_path, monkeypatch):
+    logged = [
+        {"step": 2, "validation_f1": 1.0},  # made with other metrics
+        {"step": 3, "loss": 0.5},
+        {"step": 4, "validation_f1": 2.0, "validation_accuracy": 3.0, "validation_matthews": 4.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in logged))
+    config = SimpleNamespace(run_dir=tmp_path, checkpoint=SimpleNamespace(every=2), train=SimpleNamespace(steps=6))
+    task = SimpleNamespace(metrics=("accuracy", "f1"))
+    job = SimpleNamespace(config=SimpleNamespace(task=task), mesh="mesh", hosts=Hosts())
+    monkeypatch.setattr(module, "open_run", lambda *given: SimpleNamespace(params=given))
+
+    def evaluate(params):
+        assert params == (tmp_path, "mesh", params[2])
+        return {"validation_accuracy": 10.0 + params[2], "validation_f1": 20.0 + params[2]}
+
+    assert module._epochs(job, config, evaluate) == [
+        {"epoch": 1, "step": 2, "validation_accuracy": 12.0, "validation_f1": 22.0},
+        {"epoch": 2, "step": 4, "validation_accuracy": 3.0, "validation_f1": 2.0},
+        {"epoch": 3, "step": 6, "validation_accuracy": 16.0, "validation_f1": 26.0},
+    ]
 
 
 @pytest.mark.parametrize(
