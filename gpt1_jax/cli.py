@@ -3,7 +3,6 @@
 Results go to standard output; logs, progress and errors to standard error.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,9 +10,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from etils import epath
@@ -22,7 +20,9 @@ from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
 from gpt1_jax.data.storage import is_remote, storage_fault
 from gpt1_jax.data_commands import data_app
 from gpt1_jax.errors import GPT1Error, UserError
+from gpt1_jax.evaluate_command import evaluate, print_figures
 from gpt1_jax.finetune_command import finetune
+from gpt1_jax.generate_command import generate
 from gpt1_jax.plan_command import plan
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
@@ -44,6 +44,12 @@ app.command(
     epilog="Examples:\n\n  gpt1 plan configs/gpt1.yaml --topology v5e:4x4\n\n"
     "  gpt1 plan configs/gpt1.yaml --topology v5p-128 --slices 2 train.batch_size=4096 --json"
 )(plan)
+app.command(
+    epilog="Examples:\n\n  gpt1 evaluate runs/tiny\n\n"
+    "  gpt1 evaluate runs/tiny --text README.md --text LICENSE --json\n\n"
+    "  gpt1 evaluate runs/gpt1 --task data/tasks/sst2.yaml --task data/tasks/cola.yaml --predictions said.jsonl\n\n"
+    "  gpt1 evaluate runs/gpt1 --harness lambada_openai --harness blimp --limit 100"
+)(evaluate)
 
 app.command(
     epilog="Examples:\n\n  gpt1 finetune data/tasks/sst2.yaml base=runs/gpt1\n\n"
@@ -111,10 +117,11 @@ def train(
     from gpt1_jax.training.hosts import join
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
-    from gpt1_jax.training.run import check_run, check_shared
+    from gpt1_jax.training.run import check_pretraining, check_run, check_shared
 
     keep_freed_memory()
     settings = load_config(config, overrides or ())
+    check_pretraining(settings)
     with join(settings, say) as hosts, compilation_cache(settings):
         # Where a process is belongs to this start, and not to the run.
         settings, choices = resolve(settings.model_copy(update={"distributed": DistributedConfig()}))
@@ -134,101 +141,12 @@ def train(
         _print_finished(finished, as_json)
 
 
-@app.command(
-    epilog="Examples:\n\n  gpt1 evaluate runs/tiny\n\n  gpt1 evaluate runs/tiny --text README.md --text LICENSE --json"
-)
-def evaluate(
-    run: RunFolder,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Evaluate a UTF-8 text file instead of a split; may be repeated.")
-    ] = None,
-    split: Annotated[
-        Literal["train", "validation"] | None, typer.Option(help="The split of the run's corpus; else validation.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows; smaller gives each token more context.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity per token and per word, and bits per byte beside xz, each token counted once."""
-    from gpt1_jax.evaluation.figures import evaluate_texts, read_texts
-    from gpt1_jax.evaluation.perplexity import Evaluator
-    from gpt1_jax.finish import corpus_of, split_figures
-    from gpt1_jax.training.run import open_run
-
-    if text and split:
-        raise UserError(f"--text and --split {split} exclude each other: evaluate files or a split of the corpus")
-    opened = open_run(run)
-    config = opened.config
-    if stride is not None:
-        if stride > config.context_length:
-            raise UserError(f"--stride {stride} is longer than the context, {config.context_length} tokens")
-        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"stride": stride})})
-    if text:
-        evaluator = Evaluator(config, opened.mesh, opened.tokenizer.separator_id)
-        figures = evaluate_texts(evaluator, opened.params, read_texts(text), opened.tokenizer)
-    else:
-        figures = split_figures(dataclasses.replace(opened, config=config), corpus_of(opened), split or "validation")
-    shown = dataclasses.asdict(figures)
-    if as_json:
-        print_json(shown)
-    else:
-        _print_figures(shown)
-
-
-@app.command(
+app.command(
     epilog='Examples:\n\n  gpt1 generate runs/tiny "The array"\n\n'
-    '  gpt1 generate runs/tiny "Return the" --temperature 0.8 --top-k 40 --tokens 60 --seed 1'
-)
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; may be empty.")],
-    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens whose probabilities reach p.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the random draws.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Continue a text, printed as it is generated, up to the end of the document."""
-    from gpt1_jax.generation.decode import prompt_room, stream
-    from gpt1_jax.generation.detokenize import Detokenizer
-    from gpt1_jax.generation.sampling import Sampling
-    from gpt1_jax.training.run import open_run
-
-    def show(text: str) -> None:
-        if not as_json:
-            print(text, end="", flush=True)
-
-    sampling = Sampling(temperature, top_k, top_p)
-    opened = open_run(run)
-    ids = opened.tokenizer.encode(prompt)
-    room = prompt_room(opened.config, tokens)
-    if len(ids) > room:
-        say(f"warning: the prompt has {len(ids)} tokens, the context has room for {room}: its beginning is cut off")
-    started = time.perf_counter()
-    pieces = stream(
-        opened.config,
-        opened.params,
-        [ids],
-        sampling=sampling,
-        max_tokens=tokens,
-        seed=seed,
-        separator_id=opened.tokenizer.separator_id,
-    )
-    detokenizer = Detokenizer(opened.tokenizer.decode, ids)
-    completion, count = "", 0
-    show(prompt)
-    for (new,) in pieces:
-        count += len(new)
-        text = detokenizer.push(new)
-        show(text)
-        completion += text
-    rest = detokenizer.flush()
-    show(rest + "\n")
-    if as_json:
-        seconds = time.perf_counter() - started
-        print_json({"prompt": prompt, "completion": completion + rest, "tokens": count, "seconds": seconds})
+    '  gpt1 generate runs/tiny "Return the" --temperature 0.8 --top-k 40 --tokens 60 --seed 1\n\n'
+    '  gpt1 generate runs/tiny "Return the" --beams 4\n\n'
+    "  gpt1 generate runs/chat --chat"
+)(generate)
 
 
 @app.command(epilog="Examples:\n\n  gpt1 report runs/tiny\n\n  gpt1 report runs/tiny runs/wide --out comparison.html")
@@ -265,6 +183,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run as a folder that needs nothing of this project: weights, configuration, tokenizer, README."""
+    from gpt1_jax.interop.finetuned import read_results
     from gpt1_jax.interop.huggingface import export_huggingface
     from gpt1_jax.interop.stablehlo import export_stablehlo
     from gpt1_jax.interop.staging import check_new
@@ -282,7 +201,8 @@ def export(
     check_new(folder)
     opened = open_run(run)
     if to == "huggingface":
-        files = export_huggingface(opened, folder, read_final(run), shard_bytes)
+        figures = read_results(opened) if opened.config.finetune else read_final(run)
+        files = export_huggingface(opened, folder, figures, shard_bytes)
         made = f"weights in {len(files)} file(s)"
     else:
         made = " and ".join(export_stablehlo(opened, folder, dtype or "float32"))
@@ -306,7 +226,7 @@ def import_(
     """Make a run of a GPT-1 that was trained elsewhere: it evaluates, generates, fine-tunes and trains on."""
     from gpt1_jax.interop.importing import import_run
 
-    config = import_run(folder, run, overrides or ())
+    config = import_run(folder, run, overrides or (), say)
     print(
         f"{run} is imported: {config.model.num_layers} layers of width {config.model.embed_dim}, "
         f"{config.model.vocab_size:,} tokens.\n"
@@ -347,7 +267,7 @@ def _print_finished(finished: "Finished", as_json: bool) -> None:
         print_json({"run": str(path), **finished.final, "sample": sample, "report": str(finished.report)})
         return
     print(f"\n{path} is trained: {run.step:,} steps.\n")
-    _print_figures(finished.final)
+    print_figures(finished.final)
     if sample:
         print("\nSample:")
         print(textwrap.indent((sample["prompt"] + sample["completion"]).strip(), "  "))
@@ -359,22 +279,6 @@ def _print_finished(finished: "Finished", as_json: bool) -> None:
         f"  .venv/bin/gpt1 train {path}/config.yaml name=longer train.steps={4 * run.config.train.steps}\n"
         f"\nReport: {finished.report}"
     )
-
-
-def _print_figures(figures: Mapping[str, Any]) -> None:
-    print(f"{figures['split']}: {figures['documents']:,} documents")
-    if figures.get("pseudo_perplexity") is not None:
-        print(f"  pseudo-perplexity {figures['pseudo_perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
-        print("  a masked model gives a text no probability: no perplexity, no bits per byte")
-        return
-    words = "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}"
-    print(f"  perplexity       {figures['perplexity']:,.2f} per token  ({figures['tokens']:,} tokens)")
-    print(f"  word perplexity  {words} per word  ({figures['words']:,} words)")
-    xz = f"xz -9: {figures['xz_bits_per_byte']:.4f}"
-    print(f"  bits per byte    {figures['bits_per_byte']:.4f}  ({figures['bytes']:,} bytes; {xz})")
-    if figures.get("limit_nats") is not None:
-        excess = f"{figures['excess_nats_per_document']:,.2f} nats per document ({figures['excess_percent']:.1f} %)"
-        print(f"  limit            {figures['limit_nats']:,.1f} nats; excess {excess}")
 
 
 def main() -> None:

@@ -418,6 +418,7 @@ class _Recipe(Section):
     name: RunName = "finetuned"
     runs_dir: str = "runs"
     base: str | None = None  # the run to begin with: pre-trained, imported, or fine-tuned itself
+    base_step: NonNegativeInt | None = None  # which checkpoint of it; null: the newest, of a fine-tuned one the best
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # several: a run for each, and their mean and median
     model: FinetuneModelConfig = FinetuneModelConfig()
     train: FinetuneTrainConfig = FinetuneTrainConfig()

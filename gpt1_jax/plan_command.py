@@ -46,8 +46,10 @@ def plan(
     from gpt1_jax.config_file import load_config
     from gpt1_jax.planning.devices import open_target
     from gpt1_jax.planning.plan import make_plan
+    from gpt1_jax.training.run import check_pretraining
 
     settings = load_config(config, overrides or ())
+    check_pretraining(settings)
     found = make_plan(settings, open_target(topology, slices), search, say)
     if as_json:
         print_json(dataclasses.asdict(found))

@@ -15,15 +15,18 @@ from gpt1_jax.cli import app
 from gpt1_jax.config import (
     Config,
     Decontamination,
+    FinetuneConfig,
+    LoraConfig,
     ModelConfig,
     NearDuplicates,
     OptimizerConfig,
 )
-from gpt1_jax.config_file import load_config, parse_config
+from gpt1_jax.config_file import load, load_config, parse, parse_config
 from gpt1_jax.evaluation.figures import Figures
 from gpt1_jax.model.transformer import num_parameters
 from gpt1_jax.planning.plan import Plan
 from gpt1_jax.source_config import Quality, Source
+from gpt1_jax.task_config import AnyTask, Table
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 
@@ -85,9 +88,43 @@ def test_every_kind_of_source_is_documented_with_its_keys():
     assert documented == {kind: keys - of_every_kind for kind, keys in kinds.items()}
 
 
-@pytest.mark.parametrize("section", [Quality, NearDuplicates, Decontamination], ids=lambda section: section.__name__)
+FINETUNE_KEYS = rows("key of fine-tuning", "default", "meaning")
+TOY = "task: {form: chat, validation: {kind: toy_dialogue, split: validation}}"
+
+
+def test_every_key_of_fine_tuning_is_documented_once():
+    elsewhere = ("task", "mesh.", "logging.", "distributed.")
+    keys = [key for key in keys_of(FinetuneConfig) if not key.startswith(elsewhere)]
+    assert sorted(key for key, _, _ in FINETUNE_KEYS) == sorted(f"`{key}`" for key in keys)
+    for key, default, _ in FINETUNE_KEYS:
+        assert parse(FinetuneConfig, TOY, "docs", [f"{words(key)[0]}={words(default)[0]}"]) == parse(
+            FinetuneConfig, TOY, "docs"
+        )
+
+
+def test_every_form_and_every_table_is_documented_with_its_keys():
+    for models, head in ((AnyTask, ("form", "keys", "input")), (Table, ("kind of table", "keys", "reads"))):
+        documented = {name: set(words(keys)) for names, keys, _ in rows(*head) for name in words(names)}
+        of_all = {"form", "kind", "train", "validation", "test"}
+        members = get_args(get_args(models)[0])
+        tags = {
+            member: get_args(member.model_fields["form" if models is AnyTask else "kind"].annotation)
+            for member in members
+        }
+        assert documented == {tag: set(member.model_fields) - of_all for member in members for tag in tags[member]}
+
+
+@pytest.mark.parametrize(
+    "section", [Quality, NearDuplicates, Decontamination, LoraConfig], ids=lambda section: section.__name__
+)
 def test_the_sections_that_may_be_left_out_are_documented_with_their_defaults(section: type[pydantic.BaseModel]):
-    name = {Quality: "quality", NearDuplicates: "near_duplicates", Decontamination: "decontaminate"}[section]
+    names = {
+        Quality: "quality",
+        NearDuplicates: "near_duplicates",
+        Decontamination: "decontaminate",
+        LoraConfig: "lora",
+    }
+    name = names[section]
     documented = rows(f"key of `{name}`", "default", "meaning")
     assert sorted(key for key, _, _ in documented) == sorted(f"`{key}`" for key in section.model_fields)
     for key, default, _ in documented:
@@ -96,7 +133,7 @@ def test_the_sections_that_may_be_left_out_are_documented_with_their_defaults(se
 
 
 def _shown(default: Any) -> str:
-    return default if isinstance(default, str) else json.dumps(default)
+    return default if isinstance(default, str) else json.dumps(default).replace('"', "")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -135,7 +172,8 @@ def test_every_command_parses_and_its_configuration_is_valid(page: Path, argumen
         run = tmp_path / path.name
         run.write_text(load_config(Path("configs") / f"{path.parts[1]}.yaml").to_yaml(), encoding="utf-8")
         path = run
-    load_config(path, parameters["overrides"] or ())
+    kind = FinetuneConfig if command.name == "finetune" else Config
+    load(kind, path, parameters["overrides"] or ())
 
 
 def test_pages_have_commands():

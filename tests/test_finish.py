@@ -53,7 +53,7 @@ def test_an_attempt_without_a_checkpoint_binds_nothing(gpt1, config_file, monkey
 
     run = run.with_name("renamed")
     code, _, message = gpt1("evaluate", run, "--text", config_file, "--split", "train")
-    assert code == 2 and "--text and --split train exclude each other" in message
+    assert code == 2 and "--split train exclude each other" in message
     assert json.loads(gpt1("evaluate", run, "--split", "train", "--json")[1])["split"] == "train"
     assert gpt1("generate", run, "The", "--tokens", 4)[0] == 0
 

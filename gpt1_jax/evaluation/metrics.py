@@ -50,15 +50,21 @@ def check_installed(metrics: Iterable[Metric]) -> None:
 
 
 def measure(
-    metric: Metric, predictions: Sequence[Any], references: Sequence[Any], resamples: int = 1000, seed: int = 0
+    metric: Metric,
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
+    *,
+    classes: int = 2,
 ) -> Measured:
     """A metric of predictions against references, and its percentile bootstrap interval (Efron 1979).
 
-    Metrics of classes compare their numbers. ``f1`` is that of the last class where there are two, and else the mean
-    of those of all classes. ``matthews`` is 0 where it is undefined, because all predictions or all references are of
-    one class; ``pearson`` and ``spearman`` are None where all are one number. ``exact_match`` leaves out surrounding
-    white space. ``bleu`` and ``chrf`` are those of the whole corpus, with sacrebleu's defaults; ``rouge`` is the mean
-    F1 of the examples, with stemming.
+    Metrics of classes compare their numbers. ``f1`` is that of the last class where the task has two, and else the
+    mean of those of the classes that occur. ``matthews`` is 0 where it is undefined, because all predictions or all
+    references are of one class; ``pearson`` and ``spearman`` are None where all are one number. ``exact_match`` leaves
+    out surrounding white space. ``bleu`` and ``chrf`` are those of the whole corpus, with sacrebleu's defaults;
+    ``rouge`` is the mean F1 of the examples, with stemming.
 
     Args:
         metric: its name.
@@ -66,10 +72,12 @@ def measure(
         references: what they should be.
         resamples: sets of as many examples, drawn with replacement, whose values give the interval; 0: no interval.
         seed: of the draws. Equal seeds draw equal examples, whatever the metric.
+        classes: of the task, of which some may not occur; only ``f1`` asks for them.
     """
     assert len(predictions) == len(references) > 0
     examples = len(references)
-    score = _METRICS[metric][0](predictions, references)
+    options = {"classes": classes} if metric == "f1" else {}
+    score = _METRICS[metric][0](predictions, references, **options)
     value = score(np.ones(examples, np.int64))
     if value is None or not resamples:
         return Measured(value, None, None)
@@ -93,15 +101,17 @@ def _exact_match(predictions: Sequence[str], references: Sequence[str]) -> _Scor
     return _mean([said.strip() == right.strip() for said, right in zip(predictions, references, strict=True)])
 
 
-def _of_classes(name: str) -> Callable[[Sequence[int], Sequence[int]], _Score]:
+def _f1(predictions: Sequence[int], references: Sequence[int], classes: int) -> _Score:
+    average = "binary" if classes == 2 else "macro"
+    return _of_classes("f1_score", average=average, zero_division=0.0)(predictions, references)
+
+
+def _of_classes(name: str, **options: Any) -> Callable[[Sequence[int], Sequence[int]], _Score]:
     """A metric of scikit-learn, of the different pairs of prediction and reference, weighted by their counts."""
 
     def prepare(predictions: Sequence[int], references: Sequence[int]) -> _Score:
         metric = getattr(importlib.import_module("sklearn.metrics"), name)
         pairs, pair_of = np.unique(np.stack([predictions, references]), axis=1, return_inverse=True)
-        options: dict[str, Any] = {}
-        if name == "f1_score":
-            options = {"average": "binary" if pairs.max() < 2 else "macro", "zero_division": 0.0}
 
         def score(counts: np.ndarray) -> float:
             weights = np.bincount(pair_of, weights=counts)
@@ -155,9 +165,9 @@ def _rouge(name: str) -> Callable[[Sequence[str], Sequence[str]], _Score]:
 
 
 # How a metric is prepared for predictions and references, and the module that it needs.
-_METRICS: dict[Metric, tuple[Callable[[Sequence[Any], Sequence[Any]], _Score], str | None]] = {
+_METRICS: dict[Metric, tuple[Callable[..., _Score], str | None]] = {
     "accuracy": (_accuracy, None),
-    "f1": (_of_classes("f1_score"), "sklearn.metrics"),
+    "f1": (_f1, "sklearn.metrics"),
     "matthews": (_of_classes("matthews_corrcoef"), "sklearn.metrics"),
     "pearson": (_correlation("pearsonr"), "scipy.stats"),
     "spearman": (_correlation("spearmanr"), "scipy.stats"),

@@ -107,14 +107,15 @@ class Dataset:
         return list(zip(self._starts[first:stop], self._starts[first + 1 : stop + 1], strict=True))
 
 
-def width_for(length: int, most: int) -> int:
+def width_for(length: int, most: int, multiple: int = 1) -> int:
     """The width to which sequences of a length are padded: one of a few, each at most half as much again as the last.
 
     Args:
         length: of the longest of them.
         most: the context.
+        multiple: it divides the context, and will divide the width: the devices that split a sequence.
     """
     width = _SMALLEST_WIDTH
     while width < length:
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
-    return min(width, most)
+    return min(-(-width // multiple) * multiple, most)

@@ -9,25 +9,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
+import optax
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.data.corpus import find_corpus
-from gpt1_jax.data.examples import read_examples
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
 from gpt1_jax.evaluation.metrics import check_installed
 from gpt1_jax.evaluation.perplexity import Evaluator, Tokens
-from gpt1_jax.finetuning.dataset import Batch, Dataset
+from gpt1_jax.finetuning.dataset import Batch
 from gpt1_jax.finetuning.folder import check_epochs, check_folder
-from gpt1_jax.finetuning.forms import check_room, encode, special_tokens
+from gpt1_jax.finetuning.forms import check_room, special_tokens
 from gpt1_jax.finetuning.loss import finetune_step
 from gpt1_jax.finetuning.order import EpochOrder
-from gpt1_jax.finetuning.predictions import Answers, Predictor, Split, questions
+from gpt1_jax.finetuning.predictions import Answers, Predictor, Split, read_split
 from gpt1_jax.finetuning.start import first_params, run_config
+from gpt1_jax.model.sharding import axis_size
 from gpt1_jax.model.transformer import Params, flops_per_token
+from gpt1_jax.reporting.report import write_report
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.hosts import Hosts
@@ -35,9 +36,9 @@ from gpt1_jax.training.loop import Lesson, learn
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 from gpt1_jax.training.metrics import METRICS, read_records
 from gpt1_jax.training.optimizer import make_optimizer
-from gpt1_jax.training.run import RESULTS, Run, check_run, open_run
+from gpt1_jax.training.run import RESULTS, Run, check_run, open_run, read_results
 from gpt1_jax.training.state import TrainState, abstract_state
-from gpt1_jax.training.step import Metrics, compile_step
+from gpt1_jax.training.step import Metrics, TrainStep, compile_step
 from gpt1_jax.training.trained import rate_scales
 
 Record = dict[str, Any]
@@ -93,13 +94,15 @@ def finetune(
     """
     check_folder(config)
     base, mesh = _open_base(config)
+    config = config.model_copy(update={"base_step": base.step})
     tokenizer = base.tokenizer.with_special_tokens(special_tokens(config.task))
     context_length = base.config.context_length
     check_room(config.task, context_length)
-    splits = {name: _read_split(config, name, tokenizer, context_length) for name in config.task.tables}
+    splits = _read_splits(config, tokenizer, context_length, hosts)
+    multiple = axis_size(mesh, "sequence")
     configs = []
     for seed in config.seeds:
-        order = EpochOrder(splits["train"].dataset, config.train.batch_size, seed, context_length)
+        order = EpochOrder(splits["train"].dataset, config.train.batch_size, seed, context_length, multiple)
         found, choices = resolve(run_config(config, base.config, tokenizer, order.steps_per_epoch, seed))
         check_mesh(found, mesh)
         check_run(found, allow_changes)
@@ -111,10 +114,10 @@ def finetune(
         tell(f"{run.run_dir}: done already, and not measured again; delete its {RESULTS} to have that")
     for line in (*map(str, choices), *_counts(splits)):
         tell(line)
-    text = _text(config, base, tell) if len(done) < len(configs) else None
+    text = _text(config, base, hosts, tell) if len(done) < len(configs) else None
     job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
     del base  # its weights are read again for each seed, and take no memory in between
-    results = [_read_results(run.run_dir / RESULTS) if run in done else _run(job, run) for run in configs]
+    results = [read_results(run.run_dir) if run in done else _run(job, run) for run in configs]
     if len(results) > 1 and hosts.process == 0:
         summary = {"task": config.name, "runs": results, "summary": summarize(results)}
         write_atomically(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
@@ -137,6 +140,21 @@ def summarize(results: list[Record]) -> Record:
     return found
 
 
+def compile_by_width(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """The step, which is compiled when a batch of a new width comes, the state donated."""
+    abstract = abstract_state(config, optimizer, mesh)
+    compiled: dict[int, jax.stages.Compiled] = {}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        width = batch.tokens_BKT.shape[2]
+        if width not in compiled:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            compiled[width] = compile_step(partial(finetune_step, config, optimizer), abstract, shapes, mesh)
+        return compiled[width](state, batch)
+
+    return step
+
+
 def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
     if config.base is None:
         raise UserError(
@@ -146,14 +164,7 @@ def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
         raise UserError("task.train: not given: there is nothing to learn from; 'gpt1 evaluate --task' needs none")
     check_installed(config.task.metrics)
     mesh = make_mesh(config.mesh)
-    return open_run(config.base, mesh), mesh
-
-
-def _read_split(config: FinetuneConfig, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
-    examples, unlabelled = read_examples(config.task, name)
-    dataset = Dataset(encode(config.task, examples, tokenizer, context_length))
-    asked = None if name == "train" else questions(config.task, name, examples, dataset, tokenizer, context_length)
-    return Split(name, unlabelled, dataset, asked)
+    return open_run(config.base, mesh, config.base_step), mesh
 
 
 def _counts(splits: Mapping[str, Split]) -> list[str]:
@@ -164,22 +175,52 @@ def _counts(splits: Mapping[str, Split]) -> list[str]:
     ]
 
 
-def _text(config: FinetuneConfig, base: Run, say: Callable[[str], None]) -> _Text | None:
+def _read_splits(config: FinetuneConfig, tokenizer: Tokenizer, context_length: int, hosts: Hosts) -> dict[str, Split]:
+    """The tables of a task, on every host; process 0 reads first, and so fetches what is fetched once.
+
+    Raises:
+        UserError: naming the hosts whose tables are not those of process 0.
+    """
+    found: dict[str, Split] = {}
+
+    def read() -> None:
+        for name in config.task.tables:
+            found[name] = read_split(config.task, name, tokenizer, context_length)
+
+    hosts.first(read)
+    if not found:
+        read()
+    sums = hosts.gather({name: split.dataset.fingerprint for name, split in found.items()})
+    others = [process for process, sum_ in enumerate(sums) if sum_ != sums[0]]
+    if others:
+        raise UserError(
+            f"task: process(es) {', '.join(map(str, others))} read other examples than process 0; give all hosts the "
+            "same files"
+        )
+    return found
+
+
+def _text(config: FinetuneConfig, base: Run, hosts: Hosts, say: Callable[[str], None]) -> _Text | None:
     """The texts of the configuration, else the validation split of the base's corpus, else nothing."""
     if config.evaluation.texts:
-        encode = base.tokenizer.encode_batch(list(read_texts(config.evaluation.texts)))
-        ended = [np.append(tokens, np.int32(base.tokenizer.separator_id)) for tokens in encode]
+        encoded = base.tokenizer.encode_batch(list(read_texts(config.evaluation.texts)))
+        ended = [np.append(tokens, np.int32(base.tokenizer.separator_id)) for tokens in encoded]
         name, tokens = ", ".join(config.evaluation.texts), ArrayTokens(np.concatenate(ended))
-    elif base.corpus is not None:
+    elif base.corpus is None:
+        say(f"perplexity before and after is not measured: {base.path} has no corpus; set evaluation.texts to have it")
+        return None
+    else:
+        corpus, missing = None, ""
         try:
             corpus = find_corpus(base.corpus, base.config, base.path)
         except UserError as error:
-            say(f"perplexity before and after is not measured: {error}; or set evaluation.texts")
+            missing = str(error)
+        # All hosts measure it, or none: they do it together.
+        missing = next(filter(None, hosts.gather(missing)), "")
+        if corpus is None or missing:
+            say(f"perplexity before and after is not measured: {missing}; or set evaluation.texts")
             return None
         name, tokens = f"validation split of {corpus.folder}", corpus.tokens("validation")
-    else:
-        say(f"perplexity before and after is not measured: {base.path} has no corpus; set evaluation.texts to have it")
-        return None
     evaluator = Evaluator(base.config, base.mesh, base.tokenizer.separator_id)
     return _Text(name, tokens, evaluator(base.params, tokens, config.evaluation.max_tokens).perplexity)
 
@@ -210,6 +251,7 @@ def _run(job: _Job, config: Config) -> Record:
         "run": str(config.run_dir),
         "task": job.config.name,
         "base": job.base,
+        "base_step": job.config.base_step,
         "seed": config.seed,
         "step": best["step"],
         "epoch": best["epoch"],
@@ -225,6 +267,7 @@ def _run(job: _Job, config: Config) -> Record:
             write_atomically(config.run_dir / name, lines)
         # Last: it says that all is done, and which checkpoint is the run's.
         write_atomically(config.run_dir / RESULTS, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_report([config.run_dir])
     return record
 
 
@@ -235,22 +278,9 @@ def best_epoch(epochs: Sequence[Record], metric: str) -> Record:
 
 def _lesson(job: _Job, config: Config) -> Lesson:
     train = job.splits["train"].dataset
-    order = EpochOrder(train, config.train.batch_size, config.seed, config.context_length)
+    multiple = axis_size(job.mesh, "sequence")
+    order = EpochOrder(train, config.train.batch_size, config.seed, config.context_length, multiple)
     optimizer = make_optimizer(config.optimizer, config.train.steps, rate_scales(config))
-    state = abstract_state(config, optimizer, job.mesh)
-
-    def compile_by_width() -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        compiled: dict[int, jax.stages.Compiled] = {}
-
-        def step(state_now: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            width = batch.tokens_BKT.shape[2]
-            if width not in compiled:
-                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-                compiled[width] = compile_step(partial(finetune_step, config, optimizer), state, shapes, job.mesh)
-            return compiled[width](state_now, batch)
-
-        return step
-
     return Lesson(
         fingerprint=train.fingerprint,
         corpus=job.corpus,
@@ -258,10 +288,10 @@ def _lesson(job: _Job, config: Config) -> Lesson:
         summary=f"{len(train):,} training examples",
         optimizer=optimizer,
         examples=lambda step, read: order,
-        compile=compile_by_width,
+        compile=lambda: compile_by_width(config, optimizer, job.mesh),
         tokens=order.tokens,
         flops_per_token=flops_per_token(config.model, int(train.lengths_N.mean())),
-        params=lambda: first_params(config, open_run(job.base, job.mesh)),
+        params=lambda: first_params(config, open_run(job.base, job.mesh, job.config.base_step)),
     )
 
 
@@ -301,10 +331,3 @@ def _perplexity(job: _Job, config: Config, run: Run) -> Record | None:
     evaluator = Evaluator(config, job.mesh, job.tokenizer.separator_id)
     score = evaluator(run.params, job.text.tokens, job.config.evaluation.max_tokens)
     return {"of": job.text.name, "tokens": score.tokens, "before": job.text.before, "after": score.perplexity}
-
-
-def _read_results(path: epath.Path) -> Record:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: not what fine-tuning writes: {error}; delete it and run it again") from None

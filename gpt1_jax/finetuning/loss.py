@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from gpt1_jax.config import Config
 from gpt1_jax.finetuning.dataset import Batch
 from gpt1_jax.finetuning.forms import labels_are_numbers
+from gpt1_jax.model.attention_kernels import at_length
 from gpt1_jax.model.cross_entropy import cross_entropy
 from gpt1_jax.model.dropout import DropoutKey, dropout
 from gpt1_jax.model.transformer import GPT, Params, bind
@@ -78,7 +79,7 @@ def _states(
     config: Config, params: Params, batch: Batch, key: DropoutKey | None
 ) -> tuple[GPT, Float[Array, "B K T D"], DropoutKey | None]:
     assert config.finetune is not None
-    model = bind(config.model, params)
+    model = bind(at_length(config.model, batch.tokens_BKT.shape[2]), params)
     layers_key, classifier_key = [None] * 2 if key is None else key.split(2)
     choices = batch.tokens_BKT.shape[1]
     if layers_key is not None:

@@ -9,18 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
+from gpt1_jax.data.examples import read_examples
 from gpt1_jax.data.loader import global_batch
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.metrics import Measured, measure
 from gpt1_jax.finetuning.dataset import Batch, Dataset, width_for
-from gpt1_jax.finetuning.forms import labels_are_numbers
+from gpt1_jax.finetuning.forms import encode, labels_are_numbers
 from gpt1_jax.finetuning.loss import task_scores
 from gpt1_jax.generation.beam import beam_search
 from gpt1_jax.generation.decode import generate
 from gpt1_jax.generation.sampling import GREEDY
 from gpt1_jax.model.sharding import axis_size, batch_sharding, replicated
 from gpt1_jax.model.transformer import Params
-from gpt1_jax.task_config import Chat, Task, TextToText
+from gpt1_jax.task_config import Chat, LearnableTask, Task, TextToText
 from gpt1_jax.text.conversation import END, encode_prompt
 from gpt1_jax.text.special_tokens import DELIMITER
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -69,6 +70,18 @@ class Answers:
     predictions: list[Any]
     references: list[Any]
     scores: np.ndarray | None
+
+
+def read_split(task: LearnableTask, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
+    """Reads and encodes a split of a task.
+
+    Raises:
+        UserError: if its table cannot be read, or an example of it is amiss.
+    """
+    examples, unlabelled = read_examples(task, name)
+    dataset = Dataset(encode(task, examples, tokenizer, context_length))
+    asked = None if name == "train" else questions(task, name, examples, dataset, tokenizer, context_length)
+    return Split(name, unlabelled, dataset, asked)
 
 
 def questions(
@@ -135,20 +148,23 @@ class Predictor:
 
     def measured(self, answers: Answers, resamples: int) -> dict[str, Measured]:
         """Every metric of the task."""
+        classes = len(getattr(self._task, "labels", ()))
         return {
-            metric: measure(metric, answers.predictions, answers.references, resamples) for metric in self._task.metrics
+            metric: measure(metric, answers.predictions, answers.references, resamples, classes=classes)
+            for metric in self._task.metrics
         }
 
     def _all_scores(self, params: Params) -> np.ndarray:
         """Scores of all examples, in their order; they are computed in the order of their lengths."""
         dataset, devices = self._split.dataset, axis_size(self._mesh, "batch")
+        multiple = axis_size(self._mesh, "sequence")
         wanted = max(1, self._config.evaluation.batch_size // dataset.choices)
         size = -(-min(wanted, len(dataset)) // devices) * devices
         order = np.argsort(dataset.lengths_N, kind="stable")
         found = []
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            width = width_for(int(dataset.lengths_N[numbers].max()), self._config.context_length)
+            width = width_for(int(dataset.lengths_N[numbers].max()), self._config.context_length, multiple)
             padded = np.append(numbers, np.full(size - len(numbers), -1))
             batch = global_batch(_Rows(dataset, padded, width), 0, size, batch_sharding(self._mesh))
             with jax.set_mesh(self._mesh):

@@ -59,9 +59,7 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
         )
     several = len(config.seeds) > 1
     steps = config.train.epochs * steps_per_epoch
-    update = config.optimizer
-    rule = {name: getattr(update, name) for name in UpdateRule.model_fields}
-    warmup = min(steps, round(update.warmup_fraction * steps))
+    rule = {name: getattr(config.optimizer, name) for name in UpdateRule.model_fields}
     found = Config(
         name=f"seed-{seed}" if several else config.name,
         runs_dir=str(config.run_dir) if several else config.runs_dir,
@@ -70,7 +68,7 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             update={
                 **{name: getattr(config.model, name) for name in _OF_THE_MODEL},
                 "vocab_size": tokenizer.vocab_size,
-                "special_tokens": len(tokenizer.special_tokens),
+                "special_tokens": base.model.special_tokens + tokenizer.vocab_size - base.model.vocab_size,
                 "num_classes": classes(config.task),
             }
         ),
@@ -81,7 +79,10 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             **{name: getattr(config.train, name) for name in _OF_THE_TRAINING},
         ),
         optimizer=OptimizerConfig(
-            **rule, learning_rate=update.learning_rate, schedule=update.schedule, warmup_steps=warmup
+            **rule,
+            learning_rate=config.optimizer.learning_rate,
+            schedule=config.optimizer.schedule,
+            warmup_steps=round(config.optimizer.warmup_fraction * steps),
         ),
         mesh=config.mesh,
         # The best may be any epoch's; one that a signal left behind between two takes the place of none.

@@ -14,6 +14,7 @@ Shapes: B batch, P padded prompt, K beams, E candidates (twice the beams), C mos
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +30,17 @@ from gpt1_jax.generation.prefill import Cached, advance, bucket, decoding_model,
 from gpt1_jax.model.transformer import GPT, Params, bind
 
 
+@dataclass(frozen=True)
+class Found(Completion):
+    """The best text that was found to follow one prompt.
+
+    Attributes:
+        score: its log P, in nats, over the penalty of its length.
+    """
+
+    score: float
+
+
 def beam_search(
     config: Config,
     params: Params,
@@ -39,7 +51,7 @@ def beam_search(
     max_tokens: int,
     separator_id: int,
     end_id: int | None = None,
-) -> list[Completion]:
+) -> list[Found]:
     """Continues every prompt with the best-scored text that is found.
 
     Args:
@@ -59,7 +71,7 @@ def beam_search(
     """
     check_beams(beams, length_penalty)
     room = prompt_room(config, max_tokens)
-    tokens_BC, length_B = _search(
+    best = _search(
         params,
         *pad(prompts, room, separator_id),
         max_tokens,
@@ -69,8 +81,8 @@ def beam_search(
         beams=beams,
         slots_of_new=bucket(max_tokens),
     )
-    rows = zip(prompts, to_host(tokens_BC), to_host(length_B), strict=False)  # without those that padding added
-    return [Completion(tokens[:length], max(0, len(prompt) - room)) for prompt, tokens, length in rows]
+    rows = zip(prompts, *map(to_host, best), strict=False)  # without those that padding added
+    return [Found(tokens[:length], max(0, len(prompt) - room), float(score)) for prompt, tokens, length, score in rows]
 
 
 def check_beams(beams: int, length_penalty: float) -> None:
@@ -89,7 +101,7 @@ def check_beams(beams: int, length_penalty: float) -> None:
 
 
 class _Best(NamedTuple):
-    """The best hypothesis of each prompt that has ended."""
+    """The best hypothesis of each prompt, of those that have ended."""
 
     tokens_BC: Int[Array, "B C"]
     length_B: Int[Array, " B"]  # without the end
@@ -120,8 +132,7 @@ def _search(
     config: ModelConfig,
     beams: int,
     slots_of_new: int,
-) -> tuple[Int[Array, "B C"], Int[Array, " B"]]:
-    """The tokens of the best hypothesis of each prompt, and how many they are."""
+) -> _Best:
     model = bind(config, params)
     state = _begin(prefill(config, params, tokens_BP, pads_B, slots_of_new), real_B, beams, slots_of_new)
 
@@ -133,8 +144,7 @@ def _search(
 
     state = jax.lax.while_loop(unfinished, step, state)
     score_B = state.logp_BK[:, 0] / _penalty(limit, alpha)
-    best = _better(state.best, score_B, state.tokens_BKC[:, 0], limit)
-    return best.tokens_BC, best.length_B
+    return _better(state.best, score_B, state.tokens_BKC[:, 0], limit)
 
 
 def _begin(cached: Cached, real_B: Array, beams: int, slots_of_new: int) -> _State:

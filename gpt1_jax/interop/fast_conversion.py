@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gpt1_jax.errors import UserError
-from gpt1_jax.text.conversation import chat_template, has_chat_tokens
+from gpt1_jax.text.conversation import chat_template
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SPACE_MARK
 from gpt1_jax.text.sentencepiece_proto import BPE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, model_proto
@@ -37,22 +37,23 @@ def fast_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     return converted
 
 
-def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int, chats: bool) -> dict[str, Any]:
     """What tokenizer_config.json must say for transformers to read that tokenizer.json to the same tokens.
 
     The class must be named, or the one of ``openai-gpt`` is taken, which lower-cases; so must the inputs, or some
     versions add ``token_type_ids``, which that model embeds.
 
-    A tokenizer with the tokens of conversations gets their template. A rendered conversation must have its special
-    tokens found, so that there the names of special tokens are not text; the template refuses messages that spell them.
+    The tokenizer of a model that answers conversations gets their template. A rendered conversation must have its
+    special tokens found, so that there the names of special tokens are not text; the template refuses messages that
+    spell them.
 
     Args:
         tokenizer: of that tokenizer.json.
         model_max_length: the context, in tokens.
+        chats: whether the model answers conversations, whose tokens the tokenizer then has.
     """
     separator = tokenizer.token(tokenizer.separator_id)
     unknown = tokenizer.unknown or separator
-    chats = has_chat_tokens(tokenizer)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],

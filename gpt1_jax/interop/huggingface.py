@@ -5,19 +5,30 @@ Several traps of the format change logits or tokens without a word; docs/interop
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_config
+from gpt1_jax.interop.finetuned import (
+    LANGUAGE_MODEL,
+    architecture,
+    converses,
+    head_config,
+    head_tensors,
+    merged_run,
+    task_of,
+    with_input_form,
+)
 from gpt1_jax.interop.layout import PREFIX, inexpressible, public_shapes, public_tensors
 from gpt1_jax.interop.model_card import model_card
 from gpt1_jax.interop.safetensors_files import write_weights
 from gpt1_jax.interop.staging import staged
+from gpt1_jax.interop.task_card import task_card
 from gpt1_jax.model.layers import INIT_STD, NORM_EPSILON
-from gpt1_jax.text.conversation import END, has_chat_tokens
+from gpt1_jax.text.conversation import END
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
-from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 from gpt1_jax.training.run import Run
 
 CONFIG, TOKENIZER, OWN_TOKENIZER = "config.json", "tokenizer.json", "tokenizer.model"
@@ -31,7 +42,7 @@ def export_huggingface(run: Run, out: Path, figures: Mapping[str, Any], max_shar
     Args:
         run: the run; its weights are fetched from the devices one tensor at a time.
         out: the folder to make.
-        figures: of the run's final evaluation, for the model card; may be empty.
+        figures: of the run's final evaluation, or of a fine-tuned run its results, for the model card; may be empty.
         max_shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
 
     Returns:
@@ -41,22 +52,29 @@ def export_huggingface(run: Run, out: Path, figures: Mapping[str, Any], max_shar
         UserError: if the folder is not empty, or the public class cannot be this model; before anything is written.
     """
     check_expressible(run)
+    run, task = merged_run(run), task_of(run.config)
     tokenizer_json = fast_tokenizer_json(run.tokenizer)
-    tokenizer_settings = tokenizer_config(FastTokenizer(tokenizer_json), run.config.context_length)
-    special = {key: tokenizer_settings[key] for key in _SPECIAL_TOKENS if tokenizer_settings.get(key)}
+    if task:
+        tokenizer_json = with_input_form(tokenizer_json, task, run.tokenizer)
+    heads = head_tensors(run)
     shapes = {PREFIX + name: shape for name, shape in public_shapes(run.config.model).items()}
+    shapes |= {name: tensor.shape for name, tensor in heads.items()}
+    tensors = chain(((PREFIX + name, tensor) for name, tensor in public_tensors(run.params)), heads.items())
     with staged(out) as folder:
-        names = write_weights(
-            folder, shapes, ((PREFIX + name, tensor) for name, tensor in public_tensors(run.params)), max_shard_bytes
-        )
+        names = write_weights(folder, shapes, tensors, max_shard_bytes)
         _write_json(folder / CONFIG, public_config(run))
-        _write_json(folder / "generation_config.json", _generation_config(run))
-        _write_json(folder / "tokenizer_config.json", tokenizer_settings)
+        if architecture(run) == LANGUAGE_MODEL:
+            _write_json(folder / "generation_config.json", _generation_config(run))
+        settings = _tokenizer_settings(run, tokenizer_json)
+        _write_json(folder / "tokenizer_config.json", settings)
+        special = {key: settings[key] for key in _SPECIAL_TOKENS if settings.get(key)}
         _write_json(folder / "special_tokens_map.json", special)
         (folder / TOKENIZER).write_bytes(tokenizer_json)
-        if isinstance(run.tokenizer, SentencePieceTokenizer):
-            (folder / OWN_TOKENIZER).write_bytes(run.tokenizer.to_bytes())
-        (folder / "README.md").write_text(model_card(run, figures, out.absolute().name), encoding="utf-8")
+        if tokenizer_json != (own := run.tokenizer.to_bytes()):
+            (folder / OWN_TOKENIZER).write_bytes(own)
+        name = out.absolute().name
+        card = task_card(run, figures, name) if task else model_card(run, figures, name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return names
 
 
@@ -66,7 +84,8 @@ def check_expressible(run: Run) -> None:
     Raises:
         UserError: naming every key that is in the way.
     """
-    found = inexpressible(run.config.model)
+    # Low-rank updates are merged, and the classifier is the head's.
+    found = inexpressible(run.config.model.model_copy(update={"lora": None, "num_classes": None}))
     if found:
         raise UserError(
             f"{run.path}: the public class of GPT-1 would compute other logits from these weights, for it has the "
@@ -79,7 +98,7 @@ def public_config(run: Run) -> dict[str, Any]:
     """What config.json says."""
     model, separator = run.config.model, run.tokenizer.separator_id
     return {
-        "architectures": ["OpenAIGPTLMHeadModel"],
+        "architectures": [architecture(run)],
         "model_type": "openai-gpt",
         "vocab_size": model.vocab_size,
         "n_positions": model.context_length,
@@ -96,6 +115,7 @@ def public_config(run: Run) -> dict[str, Any]:
         "eos_token_id": separator,
         "tie_word_embeddings": True,
         "dtype": "float32",
+        **head_config(run),
         OWN_KEY: {
             "run": run.config.name,
             "step": run.step,
@@ -107,9 +127,17 @@ def public_config(run: Run) -> dict[str, Any]:
 
 def _generation_config(run: Run) -> dict[str, Any]:
     separator = run.tokenizer.separator_id
-    ends = [separator, run.tokenizer.special_id(END)] if has_chat_tokens(run.tokenizer) else separator
+    end = run.tokenizer.special_id(END) if converses(run) else separator
     # The public class has no cache of keys and values.
-    return {"bos_token_id": separator, "eos_token_id": ends, "pad_token_id": separator, "use_cache": False}
+    return {"bos_token_id": separator, "eos_token_id": end, "pad_token_id": separator, "use_cache": False}
+
+
+def _tokenizer_settings(run: Run, tokenizer_json: bytes) -> dict[str, Any]:
+    settings = tokenizer_config(FastTokenizer(tokenizer_json), run.config.context_length, converses(run))
+    if run.config.model.num_classes:
+        # Positions count from the first column, so padding stands on the right, where no token sees it.
+        settings |= {"pad_token": settings["eos_token"], "padding_side": "right"}
+    return settings
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

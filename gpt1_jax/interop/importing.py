@@ -20,6 +20,7 @@ from gpt1_jax.config import CheckpointConfig, Config, EvaluationConfig, ModelCon
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import AnyPath, is_remote, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.interop.finetuned import HEADS
 from gpt1_jax.interop.layout import POSITIONS, PREFIX, TOKENS, inexpressible, params_from, public_shapes
 from gpt1_jax.interop.original import is_original, read_original
 from gpt1_jax.interop.original_tokenizer import original_tokenizer
@@ -68,13 +69,16 @@ class _Source:
     tied: bool = True
 
 
-def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) -> Config:
+def import_run(
+    folder: Path, run_dir: AnyPath, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda line: None
+) -> Config:
     """Makes a run of a model that was trained elsewhere; the run is there whole or not at all.
 
     Args:
         folder: with a model in the public format, or the authors' release.
         run_dir: the run to make, local or in a bucket.
         overrides: of the run's configuration, ``section.key=value`` each, but for what the model itself fixes.
+        say: prints a line, on what of the model is left out.
 
     Returns:
         The run's configuration.
@@ -88,7 +92,8 @@ def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) ->
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give one that holds a model (docs/interop.md)")
     source = _read_original(folder) if is_original(folder) else _read_public(folder)
-    config, _ = resolve(_run_config(source.values, folder, run_dir, overrides))
+    values = {**source.values, "model.special_tokens": _appended(source.tokenizer)}
+    config, _ = resolve(_run_config(values, folder, run_dir, overrides))
     stored, problems = _check_tensors(source, config.model)
     if source.tokenizer.vocab_size != config.model.vocab_size:
         problems.append(
@@ -96,6 +101,11 @@ def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) ->
             f"{config.model.vocab_size}"
         )
     _refuse(folder, source.problems + problems)
+    if heads := [name for name in HEADS if name in source.shapes]:
+        say(
+            f"{folder}: its classifier ({', '.join(heads)}) is left out: a run gets one by 'gpt1 finetune'; the "
+            "transformer below it is imported"
+        )
     params = params_from(lambda name: source.read(stored[name]), config.model)
     with in_bucket(run_dir) if is_remote(run_dir) else staged(Path(run_dir)) as made:
         files = RunFiles(config.to_yaml(), source.tokenizer.to_bytes(), examples=0, data=None, corpus=None)
@@ -105,6 +115,12 @@ def import_run(folder: Path, run_dir: AnyPath, overrides: Sequence[str] = ()) ->
         write_atomically(made / TOKENIZER, files.tokenizer)
         write_atomically(made / CONFIG, files.config.encode())
     return config
+
+
+def _appended(tokenizer: Tokenizer) -> int:
+    """How many of the last tokens are special: those that fine-tuning appended."""
+    special = {tokenizer.special_id(name) for name in tokenizer.special_tokens}
+    return next(count for count in range(len(special) + 1) if tokenizer.vocab_size - 1 - count not in special)
 
 
 def _read_public(folder: Path) -> _Source:
@@ -260,25 +276,39 @@ def _check_tensors(source: _Source, model: ModelConfig) -> tuple[dict[str, str],
             problems.append(f"{short}: there twice, with and without the prefix {PREFIX}")
         elif short in expected:
             stored[short] = name
-            if tuple(shape) != expected[short]:
-                problems.append(f"{name}: expected the shape {_shown(expected[short])}, found {_shown(shape)}")
+            problems += _of_shape(name, shape, expected[short])
         elif name == _HEAD:
             head = name
-        elif not _BUFFER.fullmatch(short):
+        elif name not in HEADS and not _BUFFER.fullmatch(short):
             problems.append(f"{name}: a tensor that GPT-1 does not have, of shape {_shown(shape)}")
+    if head is not None and TOKENS not in stored and source.tied:
+        stored[TOKENS] = head  # of the two that are one, some of the public classes store this
+        head = None
+        problems += _of_shape(_HEAD, source.shapes[_HEAD], expected[TOKENS])
     problems += [
         f"{PREFIX}{short}: missing; expected the shape {_shown(shape)}"
         for short, shape in expected.items()
         if short not in stored
     ]
-    if head is None and not source.tied:
-        problems.append(f"config.json: tie_word_embeddings=false, but {_HEAD} is missing")
-    if head is not None and TOKENS in stored and not np.array_equal(source.read(head), source.read(stored[TOKENS])):
-        problems.append(
-            f"{_HEAD}: differs from {TOKENS}, found the shape {_shown(source.shapes[head])}; here the output "
-            "projection is the token embedding, as in the paper"
-        )
-    return stored, problems
+    return stored, problems + _check_head(source, head, stored)
+
+
+def _of_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> list[str]:
+    if tuple(found) == tuple(expected):
+        return []
+    return [f"{name}: expected the shape {_shown(expected)}, found {_shown(found)}"]
+
+
+def _check_head(source: _Source, head: str | None, stored: Mapping[str, str]) -> list[str]:
+    """Whether the output projection is the token embedding."""
+    if head is None:
+        return [] if source.tied else [f"config.json: tie_word_embeddings=false, but {_HEAD} is missing"]
+    if TOKENS not in stored or np.array_equal(source.read(head), source.read(stored[TOKENS])):
+        return []
+    return [
+        f"{_HEAD}: differs from {TOKENS}, found the shape {_shown(source.shapes[head])}; here the output "
+        "projection is the token embedding, as in the paper"
+    ]
 
 
 def _own(public: Mapping[str, Any]) -> Mapping[str, Any]:

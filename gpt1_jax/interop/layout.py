@@ -19,6 +19,7 @@ from gpt1_jax.model.transformer import Params
 _EXPRESSIBLE = frozenset(
     {"vocab_size", "context_length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "dropout", "attention_dropout"}
     | {"dtype", "attention", "scan_layers", "remat", "loss_chunk"}  # how it is computed
+    | {"special_tokens", "classifier_dropout"}  # which tokens the last are, and what acts in fine-tuning alone
 )
 
 # Of one layer: our module, its public name, and the public names of our parameters of it.

@@ -17,20 +17,14 @@ def model_card(run: Run, figures: Mapping[str, Any], name: str) -> str:
     """
     model, train = run.config.model, run.config.train
     facts = {
-        "parameters": f"{num_parameters(model):,}",
-        "layers, width, heads": f"{model.num_layers}, {model.embed_dim}, {model.num_heads}",
-        "context": _context(run),
-        "vocabulary": f"{model.vocab_size:,} tokens; separator {run.tokenizer.separator_id}",
-        "tokenizer's SHA-256": f"`{run.tokenizer.fingerprint}`",
-        "run, step": f"`{run.config.name}`, {run.step:,}",
+        **facts_of_model(run),
         "tokens seen": f"{run.examples * run.config.context_length:,}" if run.corpus else "not known: imported",
-        "corpus": _corpus(run),
+        "corpus": corpus(run),
         "objective": "causal language modelling",
         "batch": f"{train.batch_size} sequences of {run.config.context_length} tokens" if run.corpus else "",
         "optimizer": _optimizer(run) if run.corpus else "",
         "seed": f"{run.config.seed}" if run.corpus else "",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -47,7 +41,7 @@ with gpt1_jax.
 
 | | |
 | --- | --- |
-{table}
+{rows(facts)}
 
 ## Figures
 
@@ -74,17 +68,36 @@ them.
 """
 
 
-def _context(run: Run) -> str:
-    model, trained = run.config.model, run.config.context_length
-    shorter = f"; trained on sequences of {trained}" if trained < model.context_length else ""
-    return f"{model.context_length} tokens{shorter}"
+def facts_of_model(run: Run) -> dict[str, str]:
+    """What every card says of a model, by what it is called."""
+    model = run.config.model
+    return {
+        "parameters": f"{num_parameters(model):,}",
+        "layers, width, heads": f"{model.num_layers}, {model.embed_dim}, {model.num_heads}",
+        "context": _context(run),
+        "vocabulary": f"{model.vocab_size:,} tokens; separator {run.tokenizer.separator_id}",
+        "tokenizer's SHA-256": f"`{run.tokenizer.fingerprint}`",
+        "run, step": f"`{run.config.name}`, {run.step:,}",
+    }
 
 
-def _corpus(run: Run) -> str:
+def corpus(run: Run) -> str:
+    """What a model was pre-trained on."""
     if run.corpus is None:
         return "not known: the weights were imported"
     kinds = ", ".join(dict.fromkeys(source.kind for source in run.config.data.sources))
     return f"fingerprint `{run.corpus}`; sources: {kinds}"
+
+
+def rows(facts: Mapping[str, str]) -> str:
+    """The rows of a table, but for what is empty."""
+    return "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
+
+
+def _context(run: Run) -> str:
+    model, trained = run.config.model, run.config.context_length
+    shorter = f"; trained on sequences of {trained}" if trained < model.context_length else ""
+    return f"{model.context_length} tokens{shorter}"
 
 
 def _optimizer(run: Run) -> str:
@@ -98,10 +111,10 @@ def _optimizer(run: Run) -> str:
 def _figures(run: Run, figures: Mapping[str, Any]) -> str:
     if figures.get("step") != run.step or "perplexity" not in figures:
         return "None were recorded for these weights."
-    rows = {
+    found = {
         "perplexity per token": f"{figures['perplexity']:,.2f}",
         "perplexity per word": "-" if figures["word_perplexity"] is None else f"{figures['word_perplexity']:,.2f}",
         "bits per byte": f"{figures['bits_per_byte']:.4f} (xz -9: {figures['xz_bits_per_byte']:.4f})",
     }
     head = f"{figures['split']} split: {figures['documents']:,} documents, {figures['tokens']:,} tokens\n"
-    return "\n".join([head, "| figure | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+    return "\n".join([head, "| figure | value |", "| --- | --- |", rows(found)])

@@ -20,9 +20,12 @@ from jax import export
 from jaxtyping import Array, Bool
 
 from gpt1_jax.config import ModelConfig
+from gpt1_jax.interop.finetuned import INPUTS, is_number, labels_of, merged_run, task_of
 from gpt1_jax.interop.staging import staged
 from gpt1_jax.model.attention import KVCache, cache_mask
 from gpt1_jax.model.transformer import Params, bind
+from gpt1_jax.task_config import MultipleChoice, Similarity
+from gpt1_jax.text.special_tokens import CLASSIFY
 from gpt1_jax.training.run import Run
 
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -42,7 +45,7 @@ class _Function:
 
 
 def export_stablehlo(run: Run, out: Path, dtype: Dtype = "float32") -> list[str]:
-    """Writes the forward pass, and unless the model is a masked one the decoding step.
+    """Writes the forward pass, unless the model is a masked one the decoding step, and the classifier if it has one.
 
     Args:
         run: the run.
@@ -55,12 +58,15 @@ def export_stablehlo(run: Run, out: Path, dtype: Dtype = "float32") -> list[str]
     Raises:
         UserError: if the folder is not empty.
     """
+    run = merged_run(run)
     # A loop over the layers compiles sooner, and reads the stacked weights where they are.
     config = run.config.model.model_copy(update={"dtype": dtype, "scan_layers": True, "remat": "none"})
     with staged(out) as folder:
         functions = {"forward": _forward(config, run.params)}
         if config.objective != "masked":
             functions["decode"] = _decode(config, run.params)
+        if config.num_classes:
+            functions["classify"] = _classify(run, config)
         for name, function in functions.items():
             (folder / _file(name)).write_bytes(function.exported.serialize())
         _write_weights(folder / WEIGHTS, flatten_dict(run.params, sep="."))
@@ -122,6 +128,32 @@ def _decode(config: ModelConfig, params: Params) -> _Function:
     return _exported(decode, does, inputs, ("logits", "cache"))
 
 
+def _classify(run: Run, config: ModelConfig) -> _Function:
+    def classify(weights: _Flat, tokens_BT: Array, last_B: Array) -> Array:
+        model = bind(config, unflatten_dict(weights, sep="."))
+        x_BTD, _ = model(tokens_BT, mask_BTS=_visible(config, tokens_BT.shape[1]))
+        return model.classify(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0])
+
+    batch, length = export.symbolic_shape("b, t", constraints=[f"t <= {config.context_length}"])
+    inputs = {
+        "weights": _abstract_weights(run.params),
+        "tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        "last": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    does = f"tokens [b, t], and the place of {CLASSIFY} in each row, [b], to {_answers(run)}, [b, classes]"
+    return _exported(classify, does, inputs, ("scores",))
+
+
+def _answers(run: Run) -> str:
+    """What the classifier's outputs are."""
+    task = task_of(run.config)
+    assert task is not None
+    if isinstance(task, MultipleChoice):
+        return "the score of one answer"
+    found = "a number" if is_number(task) else f"the scores of {', '.join(labels_of(task))}"
+    return f"{found} in one order, to be added to that of the other order" if isinstance(task, Similarity) else found
+
+
 def _exported(function: Callable, does: str, inputs: dict[str, Any], outputs: tuple[str, ...]) -> _Function:
     exported = export.export(jax.jit(function), platforms=PLATFORMS)(*inputs.values())
     return _Function(does, exported, inputs, outputs)
@@ -173,6 +205,8 @@ def _manifest(run: Run, config: ModelConfig, functions: Mapping[str, _Function])
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
         "separator_id": run.tokenizer.separator_id,
+        "special_tokens": {name: run.tokenizer.special_id(name) for name in run.tokenizer.special_tokens},
+        "labels": list(labels_of(task_of(run.config))),
         "tokenizer_fingerprint": run.tokenizer.fingerprint,
         "functions": {
             name: {"file": _file(name), "does": f.does, "arguments": arguments(f), "results": results(f)}
@@ -192,6 +226,7 @@ def _readme(run: Run, config: ModelConfig, name: str) -> str:
             "each other, so give it a prompt in one call; `forward` lets no token see a later one.\n"
         ),
     }
+    examples = _FORWARD_EXAMPLE + _DECODE_EXAMPLE * (not masked) + _CLASSIFY_EXAMPLE * bool(config.num_classes)
     return f"""# {name}
 
 Step {run.step:,} of the gpt1_jax run `{run.config.name}`, as functions in StableHLO, lowered for
@@ -204,8 +239,21 @@ Step {run.step:,} of the gpt1_jax run `{run.config.name}`, as functions in Stabl
 In this folder:
 
 ```python
-{_FORWARD_EXAMPLE}{"" if masked else _DECODE_EXAMPLE}```
-{notes[config.objective]}"""
+{examples}```
+{notes[config.objective]}{_task_note(run)}"""
+
+
+def _task_note(run: Run) -> str:
+    finetune = run.config.finetune
+    if finetune is None:
+        return ""
+    note = (
+        f"\nThe model was fine-tuned on `{finetune.name}`. It reads {INPUTS[finetune.task.form]};\n"
+        f"`{MANIFEST}` has the numbers of these tokens under `special_tokens`.\n"
+    )
+    if run.config.model.num_classes:
+        note += f"`classify` gives {_answers(run)}.\n"
+    return note
 
 
 _FORWARD_EXAMPLE = """import json
@@ -247,4 +295,11 @@ for slot in range(length, length + new):
     token = np.asarray(logits.argmax(-1), np.int32)
     print(slot, token)
     logits, cache = decode(weights, cache, token[:, None], np.int32(slot), pads)
+"""
+
+_CLASSIFY_EXAMPLE = """
+# What the classifier makes of each, padded on the right: it reads at the place of `_classify_`.
+classify = load("classify")
+last = np.array([4, 2], np.int32)
+print(classify(weights, tokens, last).shape)
 """

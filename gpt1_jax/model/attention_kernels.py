@@ -15,11 +15,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Float, Int, UInt32
 
+from gpt1_jax.config import ModelConfig
 from gpt1_jax.model.segments import same_document
 from gpt1_jax.model.sharding import on_each_device
 
 _LANES = 128  # the splash kernel's blocks of queries and keys are multiples of it
 _LARGEST_BLOCK = 512
+_CUDNN_LENGTHS = 64  # what it takes without padding of its own
 # Each device runs a kernel on its own rows and heads: the compiler does not know how to split one.
 _HEADS_AXES = ("batch", "heads", None, None)
 _OPERAND_AXES = (_HEADS_AXES, _HEADS_AXES, _HEADS_AXES, ("batch", None))  # queries, keys, values, starts
@@ -113,6 +115,13 @@ def cudnn_attention(
 def splash_refuses(length: int) -> str | None:
     """Why the splash kernel cannot take sequences of a length; None if it can."""
     return f"the context of {length} tokens is not a multiple of {_LANES}" if length % _LANES else None
+
+
+def at_length(config: ModelConfig, length: int) -> ModelConfig:
+    """A model whose kernel of attention was chosen for its context, for sequences of another length."""
+    splash_cannot = config.attention == "splash" and splash_refuses(length)
+    cudnn_cannot = config.attention == "cudnn" and length % _CUDNN_LENGTHS
+    return config.model_copy(update={"attention": "xla"}) if splash_cannot or cudnn_cannot else config
 
 
 def cudnn_refuses(head_dim: int, dtype: str) -> str | None:

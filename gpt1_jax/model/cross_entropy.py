@@ -3,11 +3,13 @@
 Shapes: B batch, T position, C chunk of positions, D embedding, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt1_jax.model.layers import soft_cap
 from gpt1_jax.model.products import product, sum_of_outer_products
@@ -30,15 +32,44 @@ def token_nats(
         chunk: positions of each sequence whose logits exist at once.
         cap: bound of the logits, see :func:`gpt1_jax.model.layers.soft_cap`.
     """
+    return _of_targets(_nats, x_BTD, table_VD, targets_BT, chunk, cap)
+
+
+def token_nats_and_greedy(
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    chunk: int,
+    cap: float | None = None,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """The nats of each target, and whether it is the likeliest token, of equal ones the one of the lowest id.
+
+    Arguments as in :func:`token_nats`.
+    """
+
+    def both(logits_BCV: Array, targets_BC: Array) -> tuple[Array, Array]:
+        return _nats(logits_BCV, targets_BC), logits_BCV.argmax(-1) == targets_BC
+
+    return _of_targets(both, x_BTD, table_VD, targets_BT, chunk, cap)
+
+
+def _of_targets(
+    f: Callable[[Array, Array], Any], x_BTD: Array, table_VD: Array, targets_BT: Array, chunk: int, cap: float | None
+) -> Any:
+    """``f`` of the logits and the targets of each chunk, its results joined."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
-    def nats(inputs: tuple[Array, Array]) -> Array:
+    def of_chunk(inputs: tuple[Array, Array]) -> Any:
         x_BCD, targets_BC = inputs
-        logits_BCV = soft_cap(_products(x_BCD, table_VD), cap)
-        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
+        return f(soft_cap(_products(x_BCD, table_VD), cap), targets_BC)
 
-    return _unchunk(jax.lax.map(nats, _chunk(chunk, x_BTD, targets_BT)), x_BTD.shape[1])
+    results = jax.lax.map(of_chunk, _chunk(chunk, x_BTD, targets_BT))
+    return jax.tree.map(lambda chunks: _unchunk(chunks, x_BTD.shape[1]), results)
+
+
+def _nats(logits_BCV: Array, targets_BC: Array) -> Array:
+    chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
 
 
 def cross_entropy(

@@ -65,6 +65,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
         rank = lora.rank if lora else 0
         zeros = jnp.zeros((rank, *outputs.values()), jnp.float32)
+        # Each is set once: NNX lets nothing that was None become a parameter.
         self.lora_in = normal(rngs, (*inputs.values(), rank), (*inputs, "rank")) if lora else None
         self.lora_out = nnx.Param(zeros, axes=("rank", *outputs)) if lora else None
         self.axes, self.num_inputs = (*inputs, *outputs), len(inputs)

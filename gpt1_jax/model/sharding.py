@@ -118,9 +118,8 @@ def on_each_device(
     sizes = automatic_axes() if logical is None else split_axes(*logical)
     if not sizes:
         return f(*arrays)
-    specs = tuple(
-        None if array is None else _spec(axes, sizes, array.shape) for axes, array in zip(in_axes, arrays, strict=True)
-    )
+    # A dimension that its axes do not divide is an error here: the results of several devices could not be told apart.
+    specs = tuple(None if array is None else _spec(axes, sizes) for axes, array in zip(in_axes, arrays, strict=True))
     mapped = jax.shard_map(f, in_specs=specs, out_specs=_spec(out_axes, sizes), axis_names=set(sizes), check_vma=False)
     return mapped(*arrays)
 

@@ -76,7 +76,8 @@ class GPT(nnx.Module):
             cache: keys and values of every layer, [L, B, S, K, H], for decoding; see :func:`empty_cache`.
             slot: with a cache, the slot of the first of the T tokens.
             dropout_key: random key; None switches every dropout off.
-            frozen_layers: no gradient goes back into the lowest so many, nor into the embeddings below them.
+            frozen_layers: the parameters of the lowest so many have no gradient; it goes back through them, to the
+                embeddings, some of which may be new.
 
         Returns:
             The last hidden states in the compute dtype, and the updated cache (None if none was given).
@@ -111,9 +112,7 @@ class GPT(nnx.Module):
 
         if self.config.remat == "full":
             layer = jax.checkpoint(layer)
-        x_BTD, cache = self._run(layer, x_BTD, cache, stack, 0, frozen_layers)
-        if frozen_layers:
-            x_BTD = jax.lax.stop_gradient(x_BTD)
+        x_BTD, cache = self._run(layer, x_BTD, cache, jax.lax.stop_gradient(stack), 0, frozen_layers)
         x_BTD, cache = self._run(layer, x_BTD, cache, stack, frozen_layers, self.config.num_layers)
         return x_BTD if self.ln_f is None else self.ln_f(x_BTD), cache
 

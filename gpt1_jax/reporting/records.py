@@ -10,7 +10,7 @@ from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.training.metrics import METRICS, Record, read_records
-from gpt1_jax.training.run import CONFIG
+from gpt1_jax.training.run import CONFIG, read_results
 
 SAMPLES = "samples.jsonl"  # a line per completion: step, prompt, completion
 EVALUATION = "evaluation.json"  # the final figures: step, and the keys of `gpt1 evaluate --json`
@@ -27,6 +27,7 @@ class RunRecords:
         evaluations: the evaluations while training, in order.
         samples: completions, in order; may be empty.
         final: the final figures; empty if there was no final evaluation, or the run has gone on since.
+        results: what a fine-tuned run is worth; empty of any other, and of one that is not done.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RunRecords:
     evaluations: list[Record]
     samples: list[Record]
     final: Record
+    results: Record
 
 
 def read_runs(folders: Sequence[epath.Path]) -> list[RunRecords]:
@@ -68,6 +70,7 @@ def _read_run(folder: epath.Path, name: str) -> RunRecords:
         evaluations=[record for record in records if "validation_loss" in record],
         samples=read_samples(folder),
         final=final if final.get("step", 0) >= steps[-1]["step"] else {},
+        results=read_results(folder),
     )
 
 

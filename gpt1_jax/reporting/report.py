@@ -76,8 +76,9 @@ def write_report(runs: Sequence[AnyPath], out: AnyPath | None = None, final: Rec
 
 def _headline(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
     """The rows of the first table: what is measured, and its value for each run; rows with no value are left out."""
-    columns = [_figures(run) for run in runs]
-    rows = [(name, [column[name] or "–" for column in columns]) for name in columns[0]]  # noqa: RUF001
+    columns = [_figures(run) | _of_task(run.results) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name) or "–" for column in columns]) for name in names]  # noqa: RUF001
     return [row for row in rows if any(value != "–" for value in row[1])]  # noqa: RUF001
 
 
@@ -113,6 +114,23 @@ def _figures(run: RunRecords) -> dict[str, str | None]:
         "Model FLOPs utilisation, median": _shown(statistics.median(shares) if shares else None, ".1f", " %"),
         "Training time": _duration(last.get("seconds")),
     }
+
+
+def _of_task(results: Record) -> dict[str, str | None]:
+    """What a fine-tuned run is worth."""
+    if not results:
+        return {}
+    found: dict[str, str | None] = {"Task": results["task"], "Begun with": results["base"]}
+    found["Best epoch"] = f"{results['epoch']} of {len(results['epochs'])}"
+    for split, metrics in results["figures"].items():
+        for metric, figure in metrics.items():
+            low, high = _shown(figure["low"], ".2f"), _shown(figure["high"], ".2f")
+            interval = f" ({low} to {high})" if low and high else ""
+            found[f"{split.capitalize()} {metric}, per cent"] = _shown(figure["value"], ".2f", interval)
+    if perplexity := results["perplexity"]:
+        found["Perplexity before"] = _shown(perplexity["before"], ",.2f")
+        found["Perplexity after"] = _shown(perplexity["after"], ",.2f")
+    return found
 
 
 def _shown(value: float | None, spec: str, unit: str = "") -> str | None:

@@ -293,7 +293,7 @@ def _meet(
         if time.monotonic() > deadline:
             raise StalledError(
                 f"process 0 did not answer at distributed.coordinator={place.coordinator} in {timeout:g} seconds: "
-                f"{why}; see that 'gpt1 train' runs there, and that this host may reach the port"
+                f"{why}; see that the same command runs there, and that this host may reach the port"
             )
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()

@@ -124,9 +124,9 @@ class Hub:
             if clock.time() >= deadline and len(self._members) < self._place.processes:
                 self._end(
                     StalledError(
-                        f"{self._joined()} in {self._timeout:g} seconds; missing: {self._missing()}; see that 'gpt1 "
-                        f"train' runs there, with the same distributed.coordinator={self._place.coordinator}, and "
-                        "start all again"
+                        f"{self._joined()} in {self._timeout:g} seconds; missing: {self._missing()}; see that the "
+                        f"same command runs there, with distributed.coordinator={self._place.coordinator}, and start "
+                        "all again"
                     )
                 )
         if not self._over:

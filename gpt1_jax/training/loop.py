@@ -223,7 +223,7 @@ def _check_same_data(files: RunFiles, lesson: Lesson, tokenizer: Tokenizer, allo
         )
     if files.data not in (None, lesson.fingerprint) and not allow_changes:
         raise UserError(
-            f"{lesson.origin}: the run was trained on data with fingerprint {files.data}, this has "
+            f"{lesson.origin}: the run was trained on data with fingerprint {files.data}, this one has "
             f"{lesson.fingerprint}; start another run with name=NEW, or pass --allow-changes to go on with it"
         )
 

@@ -246,8 +246,7 @@ def make_optimizer(
         config: the rule and its numbers. Adafactor reads neither betas nor epsilon, Lion reads no epsilon, and Muon
             reads them for its Adam part.
         steps: length of the run, in updates.
-        scales: from a tree of parameters to what the rate of each is multiplied by (training/trained.py); what has 0
-            has no part in the global norm either. None: 1.
+        scales: from a tree of parameters to what the rate of each is multiplied by (training/trained.py); None: 1.
     """
     b1, b2, epsilon = config.beta1, config.beta2, config.epsilon
     if config.rule == "authors":
@@ -268,8 +267,5 @@ def make_optimizer(
     ]
     if scales is not None:
         scaled = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales(updates)))
-        without_frozen = optax.stateless(
-            lambda grads, _: jax.tree.map(lambda g, scale: jnp.where(scale == 0, 0, g), grads, scales(grads))
-        )
-        chain = [without_frozen, *chain, scaled]
+        chain = [*chain, scaled]
     return optax.chain(*chain)

@@ -93,9 +93,10 @@ class Recorder:
         step, metrics = self._unread.popleft()
         figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            warmup = "warmup_fraction" if self._config.finetune else "warmup_steps"
             raise DivergedError(
                 f"step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: the run has diverged; "
-                f"lower optimizer.learning_rate={self._config.optimizer.learning_rate} or raise optimizer.warmup_steps"
+                f"lower optimizer.learning_rate={self._config.optimizer.learning_rate} or raise optimizer.{warmup}"
             )
         if step == 1 or step % self._config.train.log_every == 0 or step == self._config.train.steps:
             self._write(step, figures)

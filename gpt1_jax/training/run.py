@@ -5,6 +5,7 @@ import os
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from etils import epath
@@ -112,7 +113,7 @@ def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -
     if not (path / CONFIG).exists():
         raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
     with Checkpoints(path) as checkpoints:
-        step = step or _best_step(path) or checkpoints.latest()
+        step = read_results(path).get("step", checkpoints.latest()) if step is None else step
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
@@ -131,14 +132,36 @@ def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -
     return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params)
 
 
-def _best_step(path: epath.Path) -> int | None:
+def read_results(path: epath.Path) -> dict[str, Any]:
+    """What results.json says of a fine-tuned run; empty where there is none.
+
+    Raises:
+        DamagedError: if it cannot be read.
+    """
     results = path / RESULTS
     if not results.exists():
-        return None
+        return {}
     try:
-        return int(json.loads(results.read_text(encoding="utf-8"))["step"])
+        found = json.loads(results.read_text(encoding="utf-8"))
+        return {**found, "step": int(found["step"])}
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{results}: not what fine-tuning writes: {error!r}; delete it and run it again") from None
+
+
+def check_pretraining(config: Config) -> None:
+    """Checks that a configuration is of a run that learns from a corpus.
+
+    Raises:
+        UserError: if it is of a fine-tuned one, or has a part that fine-tuning alone would train.
+    """
+    if config.finetune is not None:
+        raise UserError(
+            f"finetune: {config.run_dir} is the configuration of a fine-tuned run; 'gpt1 finetune' makes such, from "
+            f"{config.finetune.base}; 'gpt1 train' and 'gpt1 plan' are of pre-training"
+        )
+    for key in ("num_classes", "lora"):
+        if (value := getattr(config.model, key)) is not None:
+            raise UserError(f"model.{key}={value}: nothing in pre-training would train it; 'gpt1 finetune' sets it")
 
 
 def check_run(config: Config, allow_changes: bool) -> None:

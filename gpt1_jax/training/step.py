@@ -17,7 +17,7 @@ from gpt1_jax.model.transformer import Params
 from gpt1_jax.training.gradient import LossAndGradient, loss_and_gradient
 from gpt1_jax.training.optimizer import learning_rate_schedule
 from gpt1_jax.training.state import TrainState, abstract_state
-from gpt1_jax.training.trained import merge, split
+from gpt1_jax.training.trained import merge, rate_scales, split
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -57,6 +57,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Clipping and update, by the gradient of the parameters that are trained; returns as :func:`train_step`."""
     loss, grads = found
+    scales = rate_scales(config)
+    if scales is not None:  # what is not trained has no part in the norm
+        grads = jax.tree.map(lambda g, scale: jnp.where(scale == 0, 0, g), grads, scales(grads))
     trained, others = split(config, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = merge(cast(Params, optax.apply_updates(trained, updates)), others)

@@ -27,7 +27,13 @@ def test_metrics_of_classes():
 def test_f1_of_more_than_two_classes_is_the_mean_of_all():
     said, right = [0, 1, 2, 2, 0, 1], [0, 1, 2, 1, 2, 1]
     of_classes = [2 / 3, 0.8, 0.5]
-    assert value("f1", said, right) == pytest.approx(100 * np.mean(of_classes))
+    assert measure("f1", said, right, 0, classes=3).value == pytest.approx(100 * np.mean(of_classes))
+
+
+def test_f1_goes_by_the_classes_of_the_task_and_not_by_those_that_occur():
+    said, right = [1, 1, 0, 0], [1, 0, 0, 0]
+    assert measure("f1", said, right, 0, classes=2).value == pytest.approx(100 * 2 / 3)
+    assert measure("f1", said, right, 0, classes=3).value == pytest.approx(100 * (2 / 3 + 4 / 5) / 2)
 
 
 def test_correlations():

@@ -122,7 +122,19 @@ def test_results_of_several_seeds(workshop, classified):
         run = folder / f"seed-{seed}"
         assert found == json.loads((run / "results.json").read_text())
         assert list(found) == [
-            *("run", "task", "base", "seed", "step", "epoch", "epochs", "examples", "truncated", "unlabelled"),
+            *(
+                "run",
+                "task",
+                "base",
+                "base_step",
+                "seed",
+                "step",
+                "epoch",
+                "epochs",
+                "examples",
+                "truncated",
+                "unlabelled",
+            ),
             *("figures", "perplexity"),
         ]
         assert (found["run"], found["base"], found["seed"]) == (str(run), f"{workshop.folder}/base", seed)

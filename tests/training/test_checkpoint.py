@@ -99,7 +99,7 @@ def test_what_is_not_an_array_can_be_read_by_people_and_by_the_loader(saved):
     folder = saved / "checkpoints" / "3" / "run"
     assert parse_config((folder / "config.yaml").read_text(), "c") == config_of()
     assert (folder / "tokenizer.model").read_bytes() == FILES.tokenizer
-    assert json.loads((folder / "position.json").read_text()) == {"examples": 24, "corpus": "f" * 16}
+    assert json.loads((folder / "position.json").read_text()) == {"examples": 24, "data": "e" * 16, "corpus": "f" * 16}
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.read_files(3) == FILES
 

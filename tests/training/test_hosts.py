@@ -185,7 +185,7 @@ def test_who_is_missing_is_named_to_all():
         joining = [pool.submit(job.join, process) for process in (0, 2)]
         errors: list[object] = [future.exception() for future in joining]
     check_all(errors, StalledError.exit_code, r"2 of 4 hosts joined: 0 \(name-0\), 2 \(name-2\) in 1 seconds")
-    check_all(errors, StalledError.exit_code, r"missing: 1 \(known-1\), 3;")
+    check_all(errors, StalledError.exit_code, r"missing: 1 \(known-1\), 3; see that the same command runs there")
     assert any(line.endswith("waiting for 1 (known-1), 3") for line in job.said)
 
 

@@ -1,14 +1,15 @@
 """What the recorder writes of a step, by hand, under a clock that the test moves."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-from gpt1_jax.config import Config
-from gpt1_jax.config_file import parse_config
+from gpt1_jax.config import Config, FinetuneConfig
+from gpt1_jax.config_file import parse, parse_config
 from gpt1_jax.errors import DivergedError
 from gpt1_jax.model.transformer import flops_per_token
 from gpt1_jax.training.metrics import METRICS, MetricsLog
@@ -95,6 +96,18 @@ def test_what_is_not_finite_is_an_error_even_where_it_is_not_logged(config, loss
         with pytest.raises(DivergedError, match=f"step 3: loss {loss}, gradient norm {norm}"):
             recorder.drain()
     assert [record["step"] for record in records(config)] == [1, 2]
+
+
+@pytest.mark.parametrize(("finetuned", "key"), [(False, "warmup_steps"), (True, "warmup_fraction")])
+def test_the_advice_on_divergence_names_a_key_of_the_command(config, finetuned, key):
+    if finetuned:
+        task = {"form": "chat", "validation": {"kind": "toy_dialogue", "split": "validation"}}
+        config = config.model_copy(update={"finetune": parse(FinetuneConfig, json.dumps({"task": task}), "task.yaml")})
+    with MetricsLog(config, 0) as log, Progress(config, 0) as progress:
+        recorder = Recorder(config, 0, 0, log, progress, *lengths(config))
+        recorder.add(1, metrics(math.nan))
+        with pytest.raises(DivergedError, match=rf"or raise optimizer\.{key}$"):
+            recorder.drain()
 
 
 def test_durations():
