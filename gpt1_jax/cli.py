@@ -183,12 +183,11 @@ def export(
     ] = None,
 ) -> None:
     """Write a run as a folder that needs nothing of this project: weights, configuration, tokenizer, README."""
-    from gpt1_jax.interop.finetuned import read_results
     from gpt1_jax.interop.huggingface import export_huggingface
     from gpt1_jax.interop.stablehlo import export_stablehlo
     from gpt1_jax.interop.staging import check_new
     from gpt1_jax.reporting.records import read_final
-    from gpt1_jax.training.run import open_run
+    from gpt1_jax.training.run import open_run, read_results
 
     if to == "huggingface" and dtype:
         raise UserError(f"--dtype {dtype}: weights go to --format huggingface as they are, float32; leave it out")
@@ -201,7 +200,7 @@ def export(
     check_new(folder)
     opened = open_run(run)
     if to == "huggingface":
-        figures = read_results(opened) if opened.config.finetune else read_final(run)
+        figures = read_results(run) if opened.config.finetune else read_final(run)
         files = export_huggingface(opened, folder, figures, shard_bytes)
         made = f"weights in {len(files)} file(s)"
     else:

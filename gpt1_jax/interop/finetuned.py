@@ -1,7 +1,6 @@
 """A fine-tuned run as other software holds it: the public class of its form, its head, and the form of its inputs."""
 
 import dataclasses
-import json
 from functools import partial
 from typing import Any
 
@@ -11,14 +10,13 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from gpt1_jax.config import Config
-from gpt1_jax.errors import DamagedError
 from gpt1_jax.model.lora import merged
 from gpt1_jax.task_config import Chat, LabelledTask, LearnableTask, MultipleChoice, Task, TextToText
 from gpt1_jax.text.conversation import has_chat_tokens
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
-from gpt1_jax.training.run import RESULTS, Run
+from gpt1_jax.training.run import Run
 
 LANGUAGE_MODEL = "OpenAIGPTLMHeadModel"
 CLASSIFIER = "OpenAIGPTForSequenceClassification"
@@ -134,18 +132,3 @@ def with_input_form(tokenizer_json: bytes, task: Task, tokenizer: Tokenizer) -> 
         single, pair = [START, "$A", CLASSIFY], [START, "$A", DELIMITER, "$B", CLASSIFY]
     fast.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=list(special.items()))
     return fast.to_str().encode()
-
-
-def read_results(run: Run) -> dict[str, Any]:
-    """What a fine-tuned run is worth, as fine-tuning wrote it; empty before its end.
-
-    Raises:
-        DamagedError: naming the file.
-    """
-    path = run.path / RESULTS
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: not what fine-tuning writes: {error}; delete it and run it again") from None
