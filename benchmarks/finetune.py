@@ -48,7 +48,7 @@ def read(args: argparse.Namespace, auxiliary: float) -> tuple[Config, Dataset, E
     overrides = [f"train.auxiliary={auxiliary}", f"model.dtype={args.dtype}", "train.epochs=1", *args.overrides]
     config = load(FinetuneConfig, RECIPE, overrides)
     tokenizer = read_tokenizer(args.tokenizer).with_special_tokens(special_tokens(config.task))
-    examples, _ = read_examples(config.task, "train")
+    examples = read_examples(config.task, "train").examples
     base = Config.model_validate_json(json.dumps({"evaluation": {"sample_tokens": 1}}))
     dataset = Dataset(encode(config.task, examples[: args.rows], tokenizer, base.context_length))
     order = EpochOrder(dataset, config.train.batch_size, 0, base.context_length)

@@ -124,14 +124,17 @@ def _evaluate_tasks(
     from gpt1_jax.config_file import load
     from gpt1_jax.data.storage import write_atomically
     from gpt1_jax.evaluation.zero_shot import ZeroShotEvaluator, check_zero_shot
-    from gpt1_jax.finetuning.evaluate import can_answer, evaluate_finetuned
+    from gpt1_jax.finetuning.evaluate import can_answer, check_finetuned, evaluate_finetuned
     from gpt1_jax.training.run import open_run
 
     asked = [load(Recipe, recipe) for recipe in recipes]
     run = open_run(folder)
-    untrained = [recipe for recipe in asked if not can_answer(run, recipe.task)]
-    for recipe in untrained:
-        check_zero_shot(recipe)
+    untrained = [recipe for recipe in asked if not can_answer(run, recipe)]
+    for recipe in asked:
+        if recipe in untrained:
+            check_zero_shot(recipe)
+        else:
+            check_finetuned(run, recipe)
     ask = ZeroShotEvaluator(run) if untrained else None
     found: list[TaskFigures] = []
     for recipe in asked:
@@ -172,15 +175,15 @@ def _of_run(run: "Run") -> dict[str, Any]:
 
 
 def _shown(result: "TaskFigures") -> dict[str, Any]:
-    """A result as JSON, without the answers."""
+    """A result as JSON, without the answers to single rows."""
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    del fields["answers"]
+    del fields["answers"], fields["places"]
     return fields | {"metrics": {name: measured._asdict() for name, measured in result.metrics.items()}}
 
 
 def _lines(result: "TaskFigures") -> list[dict[str, Any]]:
-    place = {"task": result.task, "split": result.split}
-    return [place | {"example": number} | answer._asdict() for number, answer in enumerate(result.answers, 1)]
+    asked = {"task": result.task, "split": result.split}
+    return [asked | place | answer._asdict() for place, answer in zip(result.places, result.answers, strict=True)]
 
 
 def _print_task(result: "TaskFigures") -> None:

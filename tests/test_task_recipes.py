@@ -86,16 +86,16 @@ def test_the_paper_s_datasets_and_metrics():
 def test_what_needs_no_network_is_read(path: Path):
     task = load(Recipe, path).task
     found = {split: read_examples(task, split) for split in task.tables}
-    assert all(unlabelled == 0 for _, unlabelled in found.values())
-    sizes = [len(examples) for examples, _ in found.values()]
+    assert all(split.unlabelled == 0 for split in found.values())
+    sizes = [len(split.examples) for split in found.values()]
     size = header_of(path).partition(" Size ")[2].partition("\n")[0]
     assert [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", size)] == sizes
     questions = [
-        example[:-1] if len(example) > 1 else example for examples, _ in found.values() for example in examples
+        example[:-1] if len(example) > 1 else example for split in found.values() for example in split.examples
     ]
     assert len(set(questions)) == sum(sizes)
-    for examples, _ in found.values():
-        labels = [example.label for example in examples if hasattr(example, "label")]
+    for split in found.values():
+        labels = [example.label for example in split.examples if hasattr(example, "label")]
         assert all(labels.count(label) == len(labels) / len(set(labels)) for label in labels)
 
 
@@ -144,7 +144,7 @@ def test_a_row_of_the_hub_becomes_an_example(monkeypatch, name):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     task = load(Recipe, FOLDER / f"{name}.yaml").task
-    assert [read_examples(task, split) for split in task.tables] == [([example], 0)] * len(task.tables)
+    assert [read_examples(task, split) for split in task.tables] == [([example], 0, [1])] * len(task.tables)
     assert asked == [(table.dataset, table.subset, table.split) for table in task.tables.values()]
 
 
@@ -165,4 +165,5 @@ def test_story_cloze_reads_a_file_of_its_form(tmp_path):
     )
     table = f"{{kind: files, paths: ['{tmp_path}/*val__spring2016*.csv']}}"
     task = load(Recipe, FOLDER / "story_cloze.yaml", [f"task.validation={table}"]).task
-    assert read_examples(task, "validation") == ([Choices("One. Two, too. Three. Four.", "", ("Yes.", "No."), 1)], 0)
+    expected = Choices("One. Two, too. Three. Four.", "", ("Yes.", "No."), 1)
+    assert read_examples(task, "validation") == ([expected], 0, [1])

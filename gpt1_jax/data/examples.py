@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, overload
+from typing import Generic, NamedTuple, TypeVar, overload
 
 from gpt1_jax.data.tables import Row, read_table, value
 from gpt1_jax.errors import UserError, nearest
@@ -75,24 +75,39 @@ class MinimalPairRow(NamedTuple):
 
 
 Example = Labelled | Choices | Pair | Conversation | SubstitutionRow | LastWordRow | MinimalPairRow
+_E = TypeVar("_E", bound=Example)
+
+
+class Examples(NamedTuple, Generic[_E]):
+    """The examples of a split.
+
+    Attributes:
+        examples: in the order of the table.
+        unlabelled: how many rows were left out as unlabelled.
+        rows: the number of each example's row in the table, counted from 1, those left out too.
+    """
+
+    examples: list[_E]
+    unlabelled: int
+    rows: list[int]
 
 
 @overload
-def read_examples(task: Classification | Entailment | Similarity, split: str) -> tuple[list[Labelled], int]: ...
+def read_examples(task: Classification | Entailment | Similarity, split: str) -> Examples[Labelled]: ...
 @overload
-def read_examples(task: MultipleChoice, split: str) -> tuple[list[Choices], int]: ...
+def read_examples(task: MultipleChoice, split: str) -> Examples[Choices]: ...
 @overload
-def read_examples(task: TextToText, split: str) -> tuple[list[Pair], int]: ...
+def read_examples(task: TextToText, split: str) -> Examples[Pair]: ...
 @overload
-def read_examples(task: Chat, split: str) -> tuple[list[Conversation], int]: ...
+def read_examples(task: Chat, split: str) -> Examples[Conversation]: ...
 @overload
-def read_examples(task: Substitution, split: str) -> tuple[list[SubstitutionRow], int]: ...
+def read_examples(task: Substitution, split: str) -> Examples[SubstitutionRow]: ...
 @overload
-def read_examples(task: LastWord, split: str) -> tuple[list[LastWordRow], int]: ...
+def read_examples(task: LastWord, split: str) -> Examples[LastWordRow]: ...
 @overload
-def read_examples(task: MinimalPair, split: str) -> tuple[list[MinimalPairRow], int]: ...
-def read_examples(task: AnyTask, split: str) -> tuple[list, int]:
-    """The examples of a split, in the order of its table, and how many rows were left out as unlabelled.
+def read_examples(task: MinimalPair, split: str) -> Examples[MinimalPairRow]: ...
+def read_examples(task: AnyTask, split: str) -> Examples:
+    """The examples of a split.
 
     Surrounding white space is no part of a text, and several columns are joined by a space. A label is compared with
     ``task.labels`` as it is if it is text, and else as JSON writes it: ``1``, ``1.0``, ``true``, ``null``.
@@ -105,17 +120,16 @@ def read_examples(task: AnyTask, split: str) -> tuple[list, int]:
         UserError: if a row has no such text or an unknown label, or if no example is left.
     """
     key = f"task.{split}"
-    examples, unlabelled = [], 0
-    for row in read_table(task.tables[split], key, _columns(task)):
+    examples, rows, number = [], [], 0
+    for number, row in enumerate(read_table(task.tables[split], key, _columns(task)), 1):
         example = _example(task, row)
-        if example is None:
-            unlabelled += 1
-        else:
+        if example is not None:
             examples.append(example)
+            rows.append(number)
     if not examples:
-        left_out = f": all of its {unlabelled:,} rows are among task.unlabelled" if unlabelled else ""
+        left_out = f": all of its {number:,} rows are among task.unlabelled" if number else ""
         raise UserError(f"{key}: the table has no examples{left_out}")
-    return examples, unlabelled
+    return Examples(examples, number - len(examples), rows)
 
 
 def _columns(task: AnyTask) -> list[str]:
@@ -188,7 +202,19 @@ def _texts(row: Row, column: Column) -> tuple[str, ...]:
 def _stripped(found: object, row: Row, name: str) -> str:
     if not isinstance(found, str):
         raise UserError(f"{row.where}: column '{name}' holds {_shown(found)}, which is no text")
+    _check_text(found, f"{row.where}: column '{name}'")
     return found.strip()
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell, and which UTF-8 and so no tokenizer has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {text[error.start]!a} at character {error.start}, half of a surrogate pair, which is no "
+            "text; write the whole character, or leave the row out"
+        ) from None
 
 
 def _shown(found: object) -> str:
@@ -268,6 +294,7 @@ def _message(item: object, where: str) -> Message:
         raise UserError(f"{where}: the role is {_shown(role)!r}; it must be one of {', '.join(ROLES)}")
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{where}: the content is {_shown(content)!r}; it must be text")
+    _check_text(content, f"{where}: the content")
     return Message(role, content.strip())
 
 

@@ -189,7 +189,12 @@ def _tfds(table: TableTfds, key: str, columns: Sequence[str]) -> Iterator[Row]:
     features = builder.info.features
     _check(features, columns, name)
     records = open_records(builder, table.dataset, table.split, key)
-    yield from _numbered((plain(records[number], features) for number in range(len(records))), name)
+    for number in range(len(records)):
+        try:
+            cells = plain(records[number], features)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}:{number}: it is not UTF-8: {error}; choose a dataset whose texts are") from None
+        yield Row(f"{name}:{number}", cells)
 
 
 def _hugging_face(table: TableHuggingFace, key: str, columns: Sequence[str]) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from gpt1_jax.config import Recipe
 from gpt1_jax.data.examples import (
     Choices,
     Example,
+    Examples,
     Labelled,
     LastWordRow,
     MinimalPairRow,
@@ -83,6 +84,7 @@ class TaskFigures:
             the mean nats of a word, which is not in per cent.
         threshold: the mean log-probability above which a text is accepted; None of any other method.
         answers: to every example, in the order of the table.
+        places: where each is: its ``row`` in the table, from 1, and in a conversation its ``turn``, from 1.
     """
 
     task: str
@@ -94,6 +96,7 @@ class TaskFigures:
     metrics: dict[str, Measured]
     threshold: float | None
     answers: tuple[Answer, ...]
+    places: tuple[dict[str, int], ...]
 
 
 def check_zero_shot(recipe: Recipe) -> None:
@@ -152,15 +155,15 @@ class ZeroShotEvaluator:
         task = limited(recipe.task, limit)
         threshold = None
         if isinstance(task, Classification) and isinstance(task.zero_shot, ByLogProbability):
-            examples, _ = read_examples(task, "train")
-            scores = [_scores(task, row)[0] for row in self._predictions(task, examples, "train")]
-            threshold = best_threshold(task.metrics[0], scores, [_right(example) for example in examples])
+            found = read_examples(task, "train")
+            scores = [_scores(task, row)[0] for row in self._predictions(task, found, "train")]
+            threshold = best_threshold(task.metrics[0], scores, [_right(example) for example in found.examples])
         return [self._ask(recipe, task, split, threshold) for split in ("validation", "test") if split in task.tables]
 
     def _ask(self, recipe: Recipe, task: AnyTask, split: str, threshold: float | None) -> TaskFigures:
-        examples, unlabelled = read_examples(task, split)
+        found = read_examples(task, split)
         answers = []
-        for example, row in zip(examples, self._predictions(task, examples, split), strict=True):
+        for example, row in zip(found.examples, self._predictions(task, found, split), strict=True):
             scores = _scores(task, row)
             if threshold is not None:
                 said = int(scores[0] > threshold)
@@ -183,19 +186,20 @@ class ZeroShotEvaluator:
             form=task.form,
             method=_method(task),
             rows=len(answers),
-            unlabelled=unlabelled,
+            unlabelled=found.unlabelled,
             metrics=metrics,
             threshold=threshold,
             answers=tuple(answers),
+            places=tuple({"row": row} for row in found.rows),
         )
 
-    def _predictions(self, task: AnyTask, examples: Sequence[Example], split: str) -> list[list[Prediction]]:
+    def _predictions(self, task: AnyTask, examples: Examples, split: str) -> list[list[Prediction]]:
         """Of each example, its continuations predicted."""
         asked = []
-        for number, example in enumerate(examples, 1):
+        for row, example in zip(examples.rows, examples.examples, strict=True):
             texts = _continuations(task, example)
             if not all(text.strip() for _, text in texts):
-                raise UserError(f"task.{split}: example {number} leaves nothing to predict: {example}")
+                raise UserError(f"task.{split}: row {row} leaves nothing to predict: {example}")
             asked.append([encode_behind(self._run.tokenizer, context, text) for context, text in texts])
         found = iter(self._predictor(self._run.params, [one for row in asked for one in row]))
         return [[next(found) for _ in row] for row in asked]

@@ -315,10 +315,10 @@ def _epochs(config: Config) -> list[Record]:
 def _lines(answers: Answers) -> bytes:
     scores = answers.scores if answers.scores is not None else [None] * len(answers.predictions)
     lines = []
-    for row, (prediction, reference, score) in enumerate(
-        zip(answers.predictions, answers.references, scores, strict=True)
+    for place, prediction, reference, score in zip(
+        answers.places, answers.predictions, answers.references, scores, strict=True
     ):
-        line = {"row": row, "prediction": prediction, "reference": reference}
+        line = {**place, "prediction": prediction, "reference": reference}
         if score is not None:
             line["scores"] = [float(s) for s in score if np.isfinite(s)]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

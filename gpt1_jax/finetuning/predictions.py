@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.examples import read_examples
+from gpt1_jax.data.examples import Examples, read_examples
 from gpt1_jax.data.loader import global_batch
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.metrics import Measured, measure
@@ -34,10 +34,12 @@ class Questions:
     Attributes:
         prompts: token ids.
         references: the text that should follow each.
+        places: where each is, as :class:`Answers` has them.
     """
 
     prompts: list[np.ndarray]
     references: list[str]
+    places: list[dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Split:
     Attributes:
         name: train, validation or test.
         unlabelled: rows left out because they have no label.
+        rows: the number of each example's row in the table, from 1.
         dataset: the examples as tokens.
         questions: of a task that is answered with texts, unless the split is only learned from.
     """
 
     name: str
     unlabelled: int
+    rows: list[int]
     dataset: Dataset
     questions: Questions | None
 
@@ -65,11 +69,13 @@ class Answers:
         predictions: a class, number, answer or text for each example.
         references: what they should be.
         scores: of every class or answer; None of texts.
+        places: where each is: its ``row`` in the table, from 1, and in a conversation its ``turn``, from 1.
     """
 
     predictions: list[Any]
     references: list[Any]
     scores: np.ndarray | None
+    places: list[dict[str, int]]
 
 
 def read_split(task: LearnableTask, name: str, tokenizer: Tokenizer, context_length: int) -> Split:
@@ -78,21 +84,21 @@ def read_split(task: LearnableTask, name: str, tokenizer: Tokenizer, context_len
     Raises:
         UserError: if its table cannot be read, or an example of it is amiss.
     """
-    examples, unlabelled = read_examples(task, name)
-    dataset = Dataset(encode(task, examples, tokenizer, context_length))
-    asked = None if name == "train" else questions(task, name, examples, dataset, tokenizer, context_length)
-    return Split(name, unlabelled, dataset, asked)
+    found = read_examples(task, name)
+    dataset = Dataset(encode(task, found.examples, tokenizer, context_length))
+    asked = None if name == "train" else questions(task, name, found, dataset, tokenizer, context_length)
+    return Split(name, found.unlabelled, found.rows, dataset, asked)
 
 
 def questions(
-    task: Task, split: str, examples: Sequence[Any], dataset: Dataset, tokenizer: Tokenizer, context_length: int
+    task: Task, split: str, found: Examples, dataset: Dataset, tokenizer: Tokenizer, context_length: int
 ) -> Questions | None:
     """The prompts of a split, of conversations one for each answer, behind the true turns before; of classes None.
 
     Args:
         task: the form.
         split: name of the split.
-        examples: as its table has them.
+        found: the examples as its table has them.
         dataset: the same as tokens.
         tokenizer: with the form's special tokens.
         context_length: most tokens of a prompt and its answer.
@@ -102,22 +108,27 @@ def questions(
     """
     if isinstance(task, TextToText):
         delimiter = tokenizer.special_id(DELIMITER)
-        whole = [dataset.sequences(number)[0] for number in range(len(examples))]
+        whole = [dataset.sequences(number)[0] for number in range(len(dataset))]
         prompts = [tokens[: int(np.argmax(tokens == delimiter)) + 1] for tokens in whole]
-        return Questions(prompts, [example.target for example in examples])
+        return Questions(prompts, [example.target for example in found.examples], _places(found.rows))
     if not isinstance(task, Chat):
         return None
-    found = Questions([], [])
-    for number, example in enumerate(examples):
-        for place, message in enumerate(example.messages):
-            if message.role == "assistant":
-                try:
-                    prompt = encode_prompt(tokenizer, example.messages[:place], context_length - task.answer_tokens)
-                except UserError as error:
-                    raise UserError(f"task.{split}: example {number}: {error}") from None
-                found.prompts.append(prompt.tokens)
-                found.references.append(message.content)
-    return found
+    asked = Questions([], [], [])
+    for row, example in zip(found.rows, found.examples, strict=True):
+        answers = [place for place, message in enumerate(example.messages) if message.role == "assistant"]
+        for turn, place in enumerate(answers, 1):
+            try:
+                prompt = encode_prompt(tokenizer, example.messages[:place], context_length - task.answer_tokens)
+            except UserError as error:
+                raise UserError(f"task.{split}: row {row}: {error}") from None
+            asked.prompts.append(prompt.tokens)
+            asked.references.append(example.messages[place].content)
+            asked.places.append({"row": row, "turn": turn})
+    return asked
+
+
+def _places(rows: Sequence[int]) -> list[dict[str, int]]:
+    return [{"row": row} for row in rows]
 
 
 class Predictor:
@@ -139,12 +150,12 @@ class Predictor:
     def answers(self, params: Params) -> Answers:
         """What the model with these weights answers."""
         if asked := self._split.questions:
-            return Answers(self._generate(params, asked.prompts), asked.references, None)
+            return Answers(self._generate(params, asked.prompts), asked.references, None, asked.places)
         scores_NC = self._all_scores(params)
-        labels = self._split.dataset.labels_N
+        labels, places = self._split.dataset.labels_N, _places(self._split.rows)
         if labels_are_numbers(self._task):
-            return Answers(scores_NC[:, 0].tolist(), labels.tolist(), scores_NC)
-        return Answers(scores_NC.argmax(1).tolist(), labels.astype(int).tolist(), scores_NC)
+            return Answers(scores_NC[:, 0].tolist(), labels.tolist(), scores_NC, places)
+        return Answers(scores_NC.argmax(1).tolist(), labels.astype(int).tolist(), scores_NC, places)
 
     def measured(self, answers: Answers, resamples: int) -> dict[str, Measured]:
         """Every metric of the task."""

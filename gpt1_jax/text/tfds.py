@@ -115,6 +115,9 @@ def plain(value: Any, feature: Any) -> Any:
     """A value of a record as text, numbers, lists and dicts; ``feature`` is the library's description of it.
 
     The library holds a sequence of records as a record of lists; here it is a list of records.
+
+    Raises:
+        UnicodeDecodeError: if a text is not UTF-8.
     """
     if isinstance(value, Mapping):
         repeated = isinstance(feature, tfds.features.Sequence)

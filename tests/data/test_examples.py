@@ -21,7 +21,7 @@ from gpt1_jax.text.conversation import Message
 
 
 @pytest.fixture
-def read(tmp_path):
+def read_all(tmp_path):
     def read(rows, **task):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -29,6 +29,12 @@ def read(tmp_path):
         return read_examples(parse(Recipe, json.dumps({"task": task}), "recipe").task, "validation")
 
     return read
+
+
+@pytest.fixture
+def read(read_all):
+    """Gives the examples, and how many rows were left out."""
+    return lambda rows, **task: read_all(rows, **task)[:2]
 
 
 CLASSES = {"form": "classification", "text": "text", "label": "label", "labels": ["0", "1"]}
@@ -64,10 +70,11 @@ def test_unknown_labels_are_named(read, held):
         read([{"text": "t", "label": 1}, {"text": "t", "label": held}], **CLASSES)
 
 
-def test_rows_without_a_label_are_counted(read):
+def test_rows_without_a_label_are_counted(read, read_all):
     rows = [{"text": f"{n}", "label": label} for n, label in enumerate([0, -1, 1, None, -1])]
     task = {**CLASSES, "unlabelled": ["-1", "null"]}
     assert read(rows, **task) == ([Labelled(("0",), 0), Labelled(("2",), 1)], 3)
+    assert read_all(rows, **task).rows == [1, 3]
     with pytest.raises(UserError, match=r"task\.validation: the table has no examples: all of its 2 rows are among"):
         read(rows[-2:], **task)
     with pytest.raises(UserError, match=r"task\.validation: the table has no examples$"):
@@ -86,6 +93,14 @@ def test_without_labels_it_is_a_number(read):
 def test_what_is_no_text_is_refused(read, held):
     with pytest.raises(UserError, match=r"rows\.jsonl:1: column 'text' holds .*, which is no text"):
         read([{"text": held, "label": 0}], **CLASSES)
+
+
+def test_half_of_a_surrogate_pair_is_refused(read):
+    message = r"holds '\\ud83d' at character 2, half of a surrogate pair"
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: column 'text' {message}"):
+        read([{"text": "a \ud83d", "label": 0}], **CLASSES)
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: messages\.0: the content {message}"):
+        read([{"messages": [{"role": "user", "content": "a \ud83d"}]}], form="chat")
 
 
 def test_choices(read):
@@ -135,7 +150,7 @@ def test_conversations_are_those_of_two_sides_in_turn(tmp_path_factory, roles):
     said = " ".join(roles).removeprefix("system ")
     if said and not said.replace("user assistant", "").strip():
         expected = Conversation(tuple(Message(role, role) for role in roles))
-        assert read_examples(task, "validation") == ([expected], 0)
+        assert read_examples(task, "validation") == ([expected], 0, [1])
     else:
         with pytest.raises(UserError, match=r"conversation\.jsonl:1: column 'messages' has messages of"):
             read_examples(task, "validation")

@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import sys
+from collections.abc import Iterator
 
 import fsspec
 import numpy as np
@@ -148,7 +149,7 @@ class Talks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         for number in range(3):
             yield (
                 number,
@@ -179,6 +180,24 @@ def test_tfds_records_are_plain_values(tmp_path):
         read(["mesages"], kind="tfds", dataset=folder, split="train")
     with pytest.raises(UserError, match=r"task\.train: dataset 'snly' cannot be found by tfds; did you mean 'snli'"):
         read(kind="tfds", dataset="snly", split="train")
+
+
+class Latin(Talks):
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        for number, record in super()._generate_examples():
+            yield (
+                number,
+                record | {"translation": {"de": "Bär".encode("latin-1" if number == 1 else "utf-8"), "en": ""}},
+            )
+
+
+def test_tfds_texts_that_are_not_utf8_are_named(tmp_path):
+    builder = Latin(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    table = {"kind": "tfds", "dataset": str(builder.data_dir), "split": "train"}
+    assert read(["label"], rows=1, **table)[0].cells["translation"]["de"] == "Bär"
+    with pytest.raises(UserError, match=r"/train:1: it is not UTF-8: .* can't decode byte 0xe4 in position 1"):
+        read(["label"], **table)
 
 
 def test_hugging_face_rows(tmp_path, monkeypatch):

@@ -302,7 +302,7 @@ def test_a_row_that_leaves_nothing_to_predict_is_named(evaluator, tmp_path):
     asked = recipe(
         {"kind": "files", "paths": (str(path),)}, "substitution", text="text", options="options", label="two"
     )
-    with pytest.raises(UserError, match=r"task.validation: example 2 leaves nothing to predict: .*'5 _'"):
+    with pytest.raises(UserError, match=r"task.validation: row 2 leaves nothing to predict: .*'5 _'"):
         evaluator(asked)
 
 
@@ -334,9 +334,7 @@ def test_the_command_asks_tasks(gpt1, run, recipes, tmp_path, monkeypatch):
     assert set(gaps["metrics"]["accuracy"]) == {"value", "low", "high"}
     assert set(words["metrics"]) == {"accuracy", "perplexity"}
     lines = [json.loads(line) for line in said.read_text().splitlines()]
-    assert [(line["task"], line["example"]) for line in lines] == [
-        (n, e) for n in ("gaps", "words") for e in (1, 2, 3, 4)
-    ]
+    assert [(line["task"], line["row"]) for line in lines] == [(n, e) for n in ("gaps", "words") for e in (1, 2, 3, 4)]
     right = [line["said"] == line["right"] for line in lines if line["task"] == "gaps"]
     assert gaps["metrics"]["accuracy"]["value"] == 25 * sum(right)
     code, out, _ = gpt1("evaluate", "runs/made", "--task", recipes[0])

@@ -122,19 +122,8 @@ def test_results_of_several_seeds(workshop, classified):
         run = folder / f"seed-{seed}"
         assert found == json.loads((run / "results.json").read_text())
         assert list(found) == [
-            *(
-                "run",
-                "task",
-                "base",
-                "base_step",
-                "seed",
-                "step",
-                "epoch",
-                "epochs",
-                "examples",
-                "truncated",
-                "unlabelled",
-            ),
+            *("run", "task", "base", "base_step", "seed", "step", "epoch", "epochs"),
+            *("examples", "truncated", "unlabelled"),
             *("figures", "perplexity"),
         ]
         assert (found["run"], found["base"], found["seed"]) == (str(run), f"{workshop.folder}/base", seed)
@@ -298,6 +287,7 @@ def test_chat_is_asked_for_every_answer(workshop):
     answers = lines(workshop.folder / "chat" / "predictions-test.jsonl")
     expected = [m["content"] for row in rows("chat")[:4] for m in row["messages"] if m["role"] == "assistant"]
     assert [answer["reference"] for answer in answers] == expected and len(expected) == 5
+    assert [(answer["row"], answer["turn"]) for answer in answers] == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)]
     assert found["examples"]["test"] == 4
     run = open_run(workshop.folder / "chat")
     assert run.config.model.num_classes is None and run.tokenizer.special_tokens[-1] == "<|end|>"
@@ -309,7 +299,7 @@ def test_a_system_message_without_room_is_found_before_training(workshop, monkey
     config = workshop.config("chat", CHAT, "name=long")
     path = workshop.folder / "chat-validation.jsonl"
     path.write_text(json.dumps({"messages": CHATS[0]}) + "\n" + json.dumps({"messages": long}) + "\n")
-    with pytest.raises(UserError, match=r"task.validation: example 1: the system's message leaves no room"):
+    with pytest.raises(UserError, match=r"task.validation: row 2: the system's message leaves no room"):
         finetune(config, Hosts(), print)
 
 

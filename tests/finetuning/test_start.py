@@ -74,8 +74,9 @@ def test_old_low_rank_updates_are_merged_and_new_ones_begin_at_nothing(run_of, b
     found = first_params(config, base)
     old = merged(base.config.model, base.params)["blocks"]["attention"]
     for name in ("query", "key", "value", "out"):
-        kernel = found["blocks"]["attention"][name]["kernel"]
-        np.testing.assert_allclose(kernel, old[name]["kernel"], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            found["blocks"]["attention"][name]["kernel"], old[name]["kernel"], rtol=1e-6, atol=1e-7
+        )
     query = found["blocks"]["attention"]["query"]
     assert not query["lora_out"].any() and abs(np.asarray(query["lora_in"]).std() - 0.02) < 0.005
     assert "lora_in" not in found["blocks"]["attention"]["key"]

@@ -154,7 +154,7 @@ def test_an_answer_of_a_conversation_ends_where_its_message_does(make_run, tmp_p
     run = dataclasses.replace(made, tokenizer=made.tokenizer.with_special_tokens(CHAT_TOKENS))
     export_huggingface(run, tmp_path / "out", {}, 10**9)
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert generation["eos_token_id"] == [run.tokenizer.separator_id, run.tokenizer.special_id(END)]
+    assert generation["eos_token_id"] == run.tokenizer.special_id(END)
     assert "add_generation_prompt" in json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"]
 
 
