@@ -109,6 +109,11 @@ class Task(Section):
     test: Table | None = None
 
     @property
+    def is_number(self) -> bool:
+        """Whether an answer is a number, and no class, choice or text."""
+        return False
+
+    @property
     def tables(self) -> dict[str, Table]:
         """The tables that are given, by the name of their split."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -122,6 +127,11 @@ class LabelledTask(Task):
     labels: tuple[str, ...] = ()  # the values of that column, in the order of the classes
     unlabelled: tuple[str, ...] = ()  # its values that stand for no label: such rows are left out, and counted
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("accuracy",)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether an answer is a number: there are no classes."""
+        return not self.labels
 
     @property
     def outputs(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt1_jax.data.examples import Choices, Conversation, Labelled, Pair
 from gpt1_jax.errors import UserError
-from gpt1_jax.task_config import Chat, MultipleChoice, Similarity, Task, TextToText
+from gpt1_jax.task_config import Chat, Similarity, Task, TextToText
 from gpt1_jax.text.conversation import CHAT_TOKENS, encode_conversation
 from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -158,8 +158,3 @@ class _Form:
             sequences.append(np.concatenate([start, *between, classify]).astype(np.int32))
         learned = tuple(np.arange(len(sequence)) > 0 for sequence in sequences)
         return Encoded(tuple(sequences), learned, float(label), any(cut for _, cut in cuts))
-
-
-def labels_are_numbers(task: Task) -> bool:
-    """Whether a task's answer is a number."""
-    return not getattr(task, "labels", None) and not isinstance(task, MultipleChoice | TextToText | Chat)

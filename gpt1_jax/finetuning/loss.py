@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from gpt1_jax.config import Config
 from gpt1_jax.finetuning.dataset import Batch
-from gpt1_jax.finetuning.forms import labels_are_numbers
 from gpt1_jax.model.attention_kernels import at_length
 from gpt1_jax.model.cross_entropy import cross_entropy
 from gpt1_jax.model.dropout import DropoutKey, dropout
@@ -109,6 +108,6 @@ def _scores(
 
 def _task_losses(config: Config, scores_BC: Array, labels_B: Array) -> Float[Array, " B"]:
     assert config.finetune is not None
-    if labels_are_numbers(config.finetune.task):
+    if config.finetune.task.is_number:
         return jnp.square(scores_BC[:, 0] - labels_B)
     return optax.losses.softmax_cross_entropy_with_integer_labels(scores_BC, labels_B.astype(jnp.int32))

@@ -14,7 +14,7 @@ from gpt1_jax.data.loader import global_batch
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.metrics import Measured, measure
 from gpt1_jax.finetuning.dataset import Batch, Dataset, width_for
-from gpt1_jax.finetuning.forms import encode, labels_are_numbers
+from gpt1_jax.finetuning.forms import encode
 from gpt1_jax.finetuning.loss import task_scores
 from gpt1_jax.generation.beam import beam_search
 from gpt1_jax.generation.decode import generate
@@ -153,7 +153,7 @@ class Predictor:
             return Answers(self._generate(params, asked.prompts), asked.references, None, asked.places)
         scores_NC = self._all_scores(params)
         labels, places = self._split.dataset.labels_N, _places(self._split.rows)
-        if labels_are_numbers(self._task):
+        if self._task.is_number:
             return Answers(scores_NC[:, 0].tolist(), labels.tolist(), scores_NC, places)
         return Answers(scores_NC.argmax(1).tolist(), labels.astype(int).tolist(), scores_NC, places)
 

@@ -40,11 +40,6 @@ def task_of(config: Config) -> LearnableTask | None:
     return config.finetune.task if config.finetune else None
 
 
-def is_number(task: Task) -> bool:
-    """Whether a classifier's one output is the answer itself."""
-    return isinstance(task, LabelledTask) and not task.labels
-
-
 def labels_of(task: Task | None) -> tuple[str, ...]:
     """The classes of a classifier's outputs, in their order; none where they are something else."""
     return task.labels if isinstance(task, LabelledTask) else ()
@@ -88,7 +83,7 @@ def head_config(run: Run) -> dict[str, Any]:
         return {}
     # The class reads the last token that is not padding: that is _classify_, as long as padding is another one.
     found: dict[str, Any] = {"pad_token_id": run.tokenizer.separator_id}
-    if is_number(task):
+    if task.is_number:
         return found | {"problem_type": "regression", "num_labels": 1}
     return found | {
         "problem_type": "single_label_classification",

@@ -20,7 +20,7 @@ from jax import export
 from jaxtyping import Array, Bool
 
 from gpt1_jax.config import ModelConfig
-from gpt1_jax.interop.finetuned import INPUTS, is_number, labels_of, merged_run, task_of
+from gpt1_jax.interop.finetuned import INPUTS, labels_of, merged_run, task_of
 from gpt1_jax.interop.staging import staged
 from gpt1_jax.model.attention import KVCache, cache_mask
 from gpt1_jax.model.transformer import Params, bind
@@ -150,7 +150,7 @@ def _answers(run: Run) -> str:
     assert task is not None
     if isinstance(task, MultipleChoice):
         return "the score of one answer"
-    found = "a number" if is_number(task) else f"the scores of {', '.join(labels_of(task))}"
+    found = "a number" if task.is_number else f"the scores of {', '.join(labels_of(task))}"
     return f"{found} in one order, to be added to that of the other order" if isinstance(task, Similarity) else found
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpt1_jax.interop.finetuned import CLASSIFIER, DOUBLE_HEADS, INPUTS, architecture, is_number, labels_of, task_of
+from gpt1_jax.interop.finetuned import CLASSIFIER, DOUBLE_HEADS, INPUTS, architecture, labels_of, task_of
 from gpt1_jax.interop.model_card import corpus, facts_of_model, rows
 from gpt1_jax.task_config import Chat, Classification, LearnableTask, MultipleChoice, Similarity, TextToText
 from gpt1_jax.text.special_tokens import CLASSIFY
@@ -116,7 +116,7 @@ def _code(run: Run, task: LearnableTask) -> str:
     if isinstance(task, Chat):
         return _load("AutoModelForCausalLM") + _CHAT.format(new=task.answer_tokens)
     answer = "scores[:, 0].tolist()"
-    if not is_number(task):
+    if not task.is_number:
         answer = "[model.config.id2label[number] for number in scores.argmax(-1).tolist()]"
     load = "import torch\n" + _load("AutoModelForSequenceClassification")
     if isinstance(task, Similarity):

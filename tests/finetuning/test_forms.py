@@ -5,7 +5,7 @@ import pytest
 
 from gpt1_jax.data.examples import Choices, Conversation, Labelled, Pair
 from gpt1_jax.errors import UserError
-from gpt1_jax.finetuning.forms import check_room, encode, labels_are_numbers, special_tokens
+from gpt1_jax.finetuning.forms import check_room, encode, special_tokens
 from gpt1_jax.text.conversation import Message
 
 START, DELIMITER, CLASSIFY = 28, 29, 30  # behind the vocabulary, in this order
@@ -174,5 +174,5 @@ def test_a_context_without_room_is_refused(settings, task, context, message):
 
 def test_which_labels_are_numbers(settings):
     found = {form for form in ("classification", "number", "similarity", "multiple_choice", "text_to_text", "chat")}
-    assert {form for form in found if labels_are_numbers(settings(form).task)} == {"number", "similarity"}
-    assert not labels_are_numbers(settings("similarity", labels=["0", "1"], metrics=["f1"]).task)
+    assert {form for form in found if settings(form).task.is_number} == {"number", "similarity"}
+    assert not settings("similarity", labels=["0", "1"], metrics=["f1"]).task.is_number
