@@ -5,7 +5,7 @@ classifier alone (which is all that transformers' class has), clipping, AdamW on
 This project is timed with the paper's auxiliary language-model loss, too, which the other lacks. Compiling is not
 timed. Weights are drawn: no figure depends on them.
 
-    .venv/bin/python benchmarks/finetune.py --tokenizer runs/hour/checkpoints/5500/run/tokenizer.model \
+    .venv/bin/python benchmarks/finetune.py --tokenizer runs/hour/checkpoints/4800/run/tokenizer.model \
         task.train='{kind: files, paths: [train.csv]}' task.validation='{kind: files, paths: [dev.csv]}'
 
 What follows the options overrides data/tasks/sst2.yaml. It needs the extra bench.

@@ -34,17 +34,22 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Of the random draws; else 0.")] = None,
     beams: Annotated[
-        int | None, typer.Option(help="Search with so many hypotheses instead of drawing; printed at the end.")
+        int | None,
+        typer.Option(
+            help="Search with so many hypotheses instead of drawing, as a text-to-text run does whose task says so; "
+            "printed at the end."
+        ),
     ] = None,
     length_penalty: Annotated[
-        float | None, typer.Option(help=f"Of --beams: higher prefers longer texts; else {_LENGTH_PENALTY}.")
+        float | None,
+        typer.Option(help=f"Of --beams: higher prefers longer texts; else what the task says, or {_LENGTH_PENALTY}."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="A conversation: each line of the input is a question.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text, printed as it is generated, up to the end of the document; or turn one into another, or talk."""
     from gpt1_jax.generation.beam import check_beams
-    from gpt1_jax.generation.prompts import new_tokens
+    from gpt1_jax.generation.prompts import beams_of, new_tokens
     from gpt1_jax.generation.sampling import Sampling
     from gpt1_jax.training.run import open_run
 
@@ -52,10 +57,13 @@ def generate(
     drawn_with = [name for name, value in drawing.items() if value is not None]
     _check_options(prompt, chat, beams, length_penalty, drawn_with)
     sampling = Sampling(1.0 if temperature is None else temperature, top_k, 1.0 if top_p is None else top_p)
-    alpha = _LENGTH_PENALTY if length_penalty is None else length_penalty
     if beams is not None:
-        check_beams(beams, alpha)
+        check_beams(beams, length_penalty or 0)
     opened = open_run(run)
+    its_beams, its_penalty = beams_of(opened.config)
+    if not drawn_with:
+        beams = beams or its_beams
+    alpha = next(value for value in (length_penalty, its_penalty, _LENGTH_PENALTY) if value is not None)
     count = new_tokens(opened.config) if tokens is None else tokens
     show = _quiet if as_json else _show
     if prompt is None:

@@ -13,7 +13,7 @@ from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.generation.prompts import new_tokens, prompt_ids
 from gpt1_jax.model.transformer import init_params
-from gpt1_jax.text.conversation import CHAT_TOKENS
+from gpt1_jax.text.conversation import CHAT_TOKENS, chat_template
 from gpt1_jax.text.special_tokens import DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
@@ -23,6 +23,7 @@ TABLE = {"kind": "toy_language", "split": "train"}
 TASKS: dict[str, dict[str, Any]] = {
     "text_to_text": {"source": "english", "target": "toy", "target_tokens": 12},
     "chat": {"answer_tokens": 5},
+    "beams": {"source": "english", "target": "toy", "target_tokens": 12, "beams": 3, "length_penalty": 1.5},
 }
 
 
@@ -32,7 +33,12 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder, made = tmp_path_factory.mktemp("runs"), {}
     for form, keys in TASKS.items():
         tokenizer = corpus.tokenizer().with_special_tokens([START, DELIMITER, *CHAT_TOKENS])
-        task = {"form": form, "train": TABLE, "validation": TABLE | {"split": "validation"}, **keys}
+        task = {
+            "form": "text_to_text" if form == "beams" else form,
+            "train": TABLE,
+            "validation": TABLE | {"split": "validation"},
+            **keys,
+        }
         model = ModelConfig(
             vocab_size=tokenizer.vocab_size, context_length=32, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16,
             dtype="float32",
@@ -45,7 +51,8 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         )
         write_config(config)
         with Checkpoints(config.run_dir, CheckpointConfig()) as checkpoints:
-            files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), examples=0, data=None, corpus=None)
+            template = chat_template(tokenizer) if form == "chat" else None
+            files = RunFiles(config.to_yaml(), tokenizer.to_bytes(), 0, None, None, template)
             checkpoints.save_imported(jax.tree.map(lambda x: x * 10, init_params(model, jax.random.key(0))), files)
         made[form] = (folder / form, config, tokenizer)
     return made
@@ -66,7 +73,7 @@ def test_a_source_is_put_in_the_form_of_the_training(runs):
 
 
 def test_how_many_tokens_are_new_is_what_the_task_says(runs):
-    assert [new_tokens(runs[form][1]) for form in TASKS] == [12, 5]
+    assert [new_tokens(runs[form][1]) for form in TASKS] == [12, 5, 12]
     assert new_tokens(Config()) == 64
 
 
@@ -87,6 +94,19 @@ def test_beams(runs, gpt1):
     assert one["completion"] == greedy["completion"] and one["tokens"] == greedy["tokens"]
     shown = gpt1("generate", path, "The cat", "--beams", 1, "--length-penalty", 2)
     assert shown.out == one["completion"] + "\n"
+
+
+def test_a_task_with_beams_is_searched_unless_one_draws(runs, gpt1):
+    path, _, _ = runs["beams"]
+
+    def found(*options):
+        return json.loads(gpt1("generate", path, "The cat", *options, "--json").out)
+
+    asked = found("--beams", 3, "--length-penalty", 1.5)
+    assert {**found(), "seconds": 0} == {**asked, "seconds": 0} and "score" in asked
+    assert found("--beams", 3)["score"] == asked["score"] != found("--beams", 3, "--length-penalty", 0)["score"]
+    assert found("--beams", 1)["completion"] == found("--temperature", 0)["completion"]
+    assert "score" not in found("--temperature", 0)
 
 
 def test_a_conversation_through_a_pipe(runs, gpt1, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar, overload
 
 from gpt1_jax.data.tables import Row, read_table, value
@@ -92,6 +92,42 @@ class Examples(NamedTuple, Generic[_E]):
     rows: list[int]
 
 
+class ExampleStream:
+    """The examples of a split in the order of the table, read as they are asked for, so that no more are in memory.
+
+    Surrounding white space is no part of a text, and several columns are joined by a space. A label is compared with
+    ``task.labels`` as it is if it is text, and else as JSON writes it: ``1``, ``1.0``, ``true``, ``null``.
+
+    Args:
+        task: what the columns are.
+        split: ``train``, ``validation`` or ``test``, one that the task has.
+
+    Attributes:
+        unlabelled: how many of the rows read so far were left out as unlabelled.
+    """
+
+    def __init__(self, task: AnyTask, split: str):
+        self._task, self._split = task, split
+        self.unlabelled = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Example]]:
+        """Each example with the number of its row in the table, counted from 1, those left out too.
+
+        Raises:
+            UserError: if a row has no such text or an unknown label, or if no example is left.
+        """
+        key, number, self.unlabelled = f"task.{self._split}", 0, 0
+        for number, row in enumerate(read_table(self._task.tables[self._split], key, _columns(self._task)), 1):
+            example = _example(self._task, row)
+            if example is None:
+                self.unlabelled += 1
+            else:
+                yield number, example
+        if number == self.unlabelled:
+            left_out = f": all of its {number:,} rows are among task.unlabelled" if number else ""
+            raise UserError(f"{key}: the table has no examples{left_out}")
+
+
 @overload
 def read_examples(task: Classification | Entailment | Similarity, split: str) -> Examples[Labelled]: ...
 @overload
@@ -107,29 +143,10 @@ def read_examples(task: LastWord, split: str) -> Examples[LastWordRow]: ...
 @overload
 def read_examples(task: MinimalPair, split: str) -> Examples[MinimalPairRow]: ...
 def read_examples(task: AnyTask, split: str) -> Examples:
-    """The examples of a split.
-
-    Surrounding white space is no part of a text, and several columns are joined by a space. A label is compared with
-    ``task.labels`` as it is if it is text, and else as JSON writes it: ``1``, ``1.0``, ``true``, ``null``.
-
-    Args:
-        task: what the columns are.
-        split: ``train``, ``validation`` or ``test``, one that the task has.
-
-    Raises:
-        UserError: if a row has no such text or an unknown label, or if no example is left.
-    """
-    key = f"task.{split}"
-    examples, rows, number = [], [], 0
-    for number, row in enumerate(read_table(task.tables[split], key, _columns(task)), 1):
-        example = _example(task, row)
-        if example is not None:
-            examples.append(example)
-            rows.append(number)
-    if not examples:
-        left_out = f": all of its {number:,} rows are among task.unlabelled" if number else ""
-        raise UserError(f"{key}: the table has no examples{left_out}")
-    return Examples(examples, number - len(examples), rows)
+    """All examples of a split, as :class:`ExampleStream` gives them."""
+    stream = ExampleStream(task, split)
+    rows, examples = zip(*stream, strict=True)
+    return Examples(list(examples), stream.unlabelled, list(rows))
 
 
 def _columns(task: AnyTask) -> list[str]:

@@ -4,6 +4,7 @@ Shapes: N examples, B batch, K sequences of an example (orders or answers), T po
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from gpt1_jax.finetuning.forms import Encoded
 
 _SMALLEST_WIDTH = 16
+_TOGETHER = 1000  # examples
 
 
 class Batch(NamedTuple):
@@ -47,20 +49,20 @@ class Dataset:
     """
 
     def __init__(self, examples: Iterable[Encoded]):
-        tokens: list[np.ndarray] = []
-        learned: list[np.ndarray] = []
-        counts, labels, self.truncated = [0], [], 0
-        for example in examples:
-            tokens += example.sequences
-            learned += example.learned
-            counts.append(counts[-1] + len(example.sequences))
-            labels.append(example.label)
-            self.truncated += example.truncated
-        self._sequences = np.array(counts)  # where those of each example begin
-        lengths = np.array([len(sequence) for sequence in tokens])
+        # Arrays of many examples: one of each would take more memory than the tokens in it.
+        parts: list[tuple[np.ndarray, ...]] = []
+        self.truncated, rest = 0, iter(examples)
+        while some := list(itertools.islice(rest, _TOGETHER)):
+            sequences = [sequence for example in some for sequence in example.sequences]
+            tokens, lengths = np.concatenate(sequences), np.array([len(sequence) for sequence in sequences])
+            learned = np.concatenate([part for example in some for part in example.learned])
+            counts = np.array([len(example.sequences) for example in some])
+            labels = np.array([example.label for example in some], np.float32)
+            parts.append((tokens, learned, lengths, counts, labels))
+            self.truncated += sum(example.truncated for example in some)
+        self._tokens, self._learned, lengths, counts, self.labels_N = map(np.concatenate, zip(*parts, strict=True))
+        self._sequences = np.concatenate([[0], np.cumsum(counts)])  # where those of each example begin
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._tokens, self._learned = np.concatenate(tokens), np.concatenate(learned)
-        self.labels_N = np.array(labels, np.float32)
         self.lengths_N = np.maximum.reduceat(lengths, self._sequences[:-1])
         self.tokens_N = np.add.reduceat(lengths, self._sequences[:-1])
         self.choices = int(np.diff(self._sequences).max())

@@ -29,6 +29,8 @@ from gpt1_jax.finetuning.start import first_params, run_config
 from gpt1_jax.model.sharding import axis_size
 from gpt1_jax.model.transformer import Params, flops_per_token
 from gpt1_jax.reporting.report import write_report
+from gpt1_jax.task_config import Chat
+from gpt1_jax.text.conversation import chat_template
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.hosts import Hosts
@@ -292,6 +294,7 @@ def _lesson(job: _Job, config: Config) -> Lesson:
         tokens=order.tokens,
         flops_per_token=flops_per_token(config.model, int(train.lengths_N.mean())),
         params=lambda: first_params(config, open_run(job.base, job.mesh, job.config.base_step)),
+        chat_template=chat_template(job.tokenizer) if isinstance(job.config.task, Chat) else None,
     )
 
 

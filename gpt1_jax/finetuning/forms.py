@@ -12,13 +12,15 @@ train.py has it (``transform_roc``), and one text the context less two. Of a con
 that is cut.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gpt1_jax.data.examples import Choices, Conversation, Labelled, Pair
+from gpt1_jax.data.examples import Choices, Conversation, Example, Labelled, Pair
 from gpt1_jax.errors import UserError
+from gpt1_jax.generation.prompts import source_room
 from gpt1_jax.task_config import Chat, Similarity, Task, TextToText
 from gpt1_jax.text.conversation import CHAT_TOKENS, encode_conversation
 from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
@@ -67,26 +69,22 @@ def check_room(task: Task, context_length: int) -> None:
 
 def encode(
     task: Task,
-    examples: Sequence[Labelled | Choices | Pair | Conversation],
+    examples: Iterable[Example],
     tokenizer: Tokenizer,
     context_length: int,
 ) -> Iterator[Encoded]:
-    """The examples of a task as tokens, in their order.
+    """The examples of a task as tokens, in their order, as they are asked for.
 
     Args:
         task: the form.
-        examples: of that form.
+        examples: of that form, one that has tokens.
         tokenizer: with the form's special tokens.
         context_length: most tokens of a sequence.
     """
     form = _Form(task, tokenizer, context_length)
-    for start in range(0, len(examples), _AT_ONCE):
-        yield from form.encode(examples[start : start + _AT_ONCE])
-
-
-def source_room(task: TextToText, context_length: int) -> int:
-    """Most tokens of a source: start, delimiter and a whole target fit beside it."""
-    return context_length - task.target_tokens - 2
+    rest = iter(examples)
+    while some := list(itertools.islice(rest, _AT_ONCE)):
+        yield from form.encode(some)
 
 
 class _Form:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.examples import Examples, read_examples
+from gpt1_jax.data.examples import Examples, ExampleStream, read_examples
 from gpt1_jax.data.loader import global_batch
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.metrics import Measured, measure
@@ -49,7 +49,7 @@ class Split:
     Attributes:
         name: train, validation or test.
         unlabelled: rows left out because they have no label.
-        rows: the number of each example's row in the table, from 1.
+        rows: the number of each example's row in the table, from 1; of the training split none.
         dataset: the examples as tokens.
         questions: of a task that is answered with texts, unless the split is only learned from.
     """
@@ -84,9 +84,13 @@ def read_split(task: LearnableTask, name: str, tokenizer: Tokenizer, context_len
     Raises:
         UserError: if its table cannot be read, or an example of it is amiss.
     """
+    if name == "train":  # as large as it may be, and no text of it is needed again
+        stream = ExampleStream(task, name)
+        dataset = Dataset(encode(task, (example for _, example in stream), tokenizer, context_length))
+        return Split(name, stream.unlabelled, [], dataset, None)
     found = read_examples(task, name)
     dataset = Dataset(encode(task, found.examples, tokenizer, context_length))
-    asked = None if name == "train" else questions(task, name, found, dataset, tokenizer, context_length)
+    asked = questions(task, name, found, dataset, tokenizer, context_length)
     return Split(name, found.unlabelled, found.rows, dataset, asked)
 
 

@@ -26,7 +26,17 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.generation.decode import Completion
-from gpt1_jax.generation.prefill import Cached, advance, bucket, decoding_model, pad, prefill, prompt_room, to_host
+from gpt1_jax.generation.prefill import (
+    Cached,
+    advance,
+    bucket,
+    decoding_model,
+    on_devices,
+    pad,
+    prefill,
+    prompt_room,
+    to_host,
+)
 from gpt1_jax.model.transformer import GPT, Params, bind
 
 
@@ -73,7 +83,7 @@ def beam_search(
     room = prompt_room(config, max_tokens)
     best = _search(
         params,
-        *pad(prompts, room, separator_id),
+        *on_devices(pad(prompts, room, separator_id), params),
         max_tokens,
         length_penalty,
         separator_id if end_id is None else end_id,
@@ -199,10 +209,14 @@ def _step(model: GPT, state: _State, limit: Array, alpha: Array, end_id: Array) 
 
 def _follow(cached: Cached, parent_BK: Int[Array, "B K"], new: int) -> Cached:
     """The cache with each hypothesis in the place of its parent; only the ``new`` last slots differ among those."""
-    batch_size, beams = parent_BK.shape
-    rows = (jnp.arange(batch_size)[:, None] * beams + parent_BK).ravel()
-    cache = jax.tree.map(lambda x: x.at[:, :, -new:].set(x[:, rows, -new:]), cached.cache)
-    return cached._replace(cache=cache)
+
+    def of_parents(x_LRSKH: Array) -> Array:
+        # Within each prompt's beams, so that prompts on other devices are not asked for.
+        x_LBKSKH = x_LRSKH[:, :, -new:].reshape(len(x_LRSKH), *parent_BK.shape, new, *x_LRSKH.shape[3:])
+        taken = jnp.take_along_axis(x_LBKSKH, parent_BK[None, :, :, None, None, None], 2)
+        return x_LRSKH.at[:, :, -new:].set(taken.reshape(*x_LRSKH.shape[:2], new, *x_LRSKH.shape[3:]))
+
+    return cached._replace(cache=jax.tree.map(of_parents, cached.cache))
 
 
 def _better(best: _Best, score_B: Array, tokens_BC: Array, length: Array) -> _Best:

@@ -12,7 +12,7 @@ from gpt1_jax.generation.decode import stream
 from gpt1_jax.generation.detokenize import Detokenizer
 from gpt1_jax.generation.prefill import prompt_room
 from gpt1_jax.generation.sampling import Sampling
-from gpt1_jax.text.conversation import END, Message, encode_prompt, has_chat_tokens
+from gpt1_jax.text.conversation import END, Message, chat_template, encode_prompt
 from gpt1_jax.training.run import Run
 
 COMMANDS = "/reset forgets the conversation, /system TEXT sets what stands before it, /quit ends"
@@ -22,12 +22,18 @@ def check_chat(run: Run, max_tokens: int) -> None:
     """Checks that a run can be talked to.
 
     Raises:
-        UserError: if it was not trained on conversations, or the new tokens leave no room for a question.
+        UserError: if it was not trained on conversations, or on others than this version makes, or the new tokens leave
+            no room for a question.
     """
-    if not has_chat_tokens(run.tokenizer):
+    if run.chat_template is None:
         raise UserError(
-            f"{run.path}: this run knows no conversations, its tokenizer has no {END}; fine-tune it with "
-            "task.form=chat, or give it a text to go on from"
+            f"{run.path}: this run knows no conversations; fine-tune it with task.form=chat, or give it a text to go "
+            "on from"
+        )
+    if run.chat_template != chat_template(run.tokenizer):
+        raise UserError(
+            f"{run.path}: its conversations have a form that this version does not make (chat_template.jinja in its "
+            "checkpoint); use the version that trained it, or fine-tune it again"
         )
     prompt_room(run.config, max_tokens)
 

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.model.attention import KVCache, cache_mask
+from gpt1_jax.model.sharding import axis_size, batch_sharding
 from gpt1_jax.model.transformer import GPT, Params, bind
 
 _SMALLEST = 16  # prompts and caches are padded to a power of two, at least this, so that few shapes are compiled
@@ -87,6 +89,21 @@ def pad(prompts: Sequence[np.ndarray], room: int, separator_id: int) -> tuple[np
         pads_B[index] = width - len(prompt)
         tokens_BP[index, pads_B[index] :] = prompt
     return tokens_BP, pads_B, np.arange(rows) < len(fitted)
+
+
+def on_devices(arrays: Sequence[np.ndarray], params: Params) -> list[np.ndarray | jax.Array]:
+    """Arrays of rows, the rows split over the devices of the weights; as they are where these are on one device.
+
+    Args:
+        arrays: the same on every host, of a power of two rows.
+        params: of the model.
+    """
+    layout = jax.tree.leaves(params)[0].sharding
+    mesh = layout.mesh if isinstance(layout, NamedSharding) else None
+    if not isinstance(mesh, Mesh) or len(arrays[0]) % axis_size(mesh, "batch"):
+        return list(arrays)
+    rows = batch_sharding(mesh)
+    return [jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in arrays]
 
 
 def prefill(

@@ -39,6 +39,17 @@ def new_tokens(config: Config) -> int:
     return task.answer_tokens if isinstance(task, Chat) else _TOKENS
 
 
+def beams_of(config: Config) -> tuple[int | None, float | None]:
+    """The beams that a run's task asks for, and their length penalty; None: it draws, or is greedy."""
+    task = config.finetune.task if config.finetune else None
+    return (task.beams, task.length_penalty) if isinstance(task, TextToText) and task.beams > 1 else (None, None)
+
+
+def source_room(task: TextToText, context_length: int) -> int:
+    """Most tokens of a source: start, delimiter and a whole target fit beside it."""
+    return context_length - task.target_tokens - 2
+
+
 def prompt_ids(config: Config, tokenizer: Tokenizer, text: str, max_tokens: int) -> Prompt:
     """The tokens of a prompt; the separator ends what follows, whatever the form.
 
@@ -57,7 +68,7 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, text: str, max_tokens: int)
     room, ids = prompt_room(config, max_tokens), tokenizer.encode(text)
     if config.finetune is None or not isinstance(config.finetune.task, TextToText):
         return Prompt(ids[-room:], max(0, len(ids) - room))
-    room = min(room, config.context_length - config.finetune.task.target_tokens) - 2
+    room = min(room - 2, source_room(config.finetune.task, config.context_length))
     if room < 1:
         raise UserError(f"{max_tokens} tokens to generate leave no room for a source; ask for fewer")
     start, delimiter = (np.array([tokenizer.special_id(name)], np.int32) for name in (START, DELIMITER))

@@ -17,7 +17,6 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gpt1_jax.errors import UserError
-from gpt1_jax.text.conversation import chat_template
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SPACE_MARK
 from gpt1_jax.text.sentencepiece_proto import BPE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, model_proto
@@ -37,7 +36,9 @@ def fast_tokenizer_json(tokenizer: Tokenizer) -> bytes:
     return converted
 
 
-def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int, chats: bool) -> dict[str, Any]:
+def tokenizer_config(
+    tokenizer: FastTokenizer, model_max_length: int, chat_template: str | None = None
+) -> dict[str, Any]:
     """What tokenizer_config.json must say for transformers to read that tokenizer.json to the same tokens.
 
     The class must be named, or the one of ``openai-gpt`` is taken, which lower-cases; so must the inputs, or some
@@ -50,7 +51,7 @@ def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int, chats: boo
     Args:
         tokenizer: of that tokenizer.json.
         model_max_length: the context, in tokens.
-        chats: whether the model answers conversations, whose tokens the tokenizer then has.
+        chat_template: of the model, if it answers conversations.
     """
     separator = tokenizer.token(tokenizer.separator_id)
     unknown = tokenizer.unknown or separator
@@ -62,10 +63,10 @@ def tokenizer_config(tokenizer: FastTokenizer, model_max_length: int, chats: boo
         "eos_token": separator,
         "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": not chats,
+        "split_special_tokens": chat_template is None,
     }
-    if chats:
-        settings["chat_template"] = chat_template(sorted({separator, unknown, *tokenizer.special_tokens}))
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
     return settings
 
 

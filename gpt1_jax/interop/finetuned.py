@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from gpt1_jax.config import Config
 from gpt1_jax.model.lora import merged
 from gpt1_jax.task_config import Chat, LabelledTask, LearnableTask, MultipleChoice, Task, TextToText
-from gpt1_jax.text.conversation import has_chat_tokens
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -43,12 +42,6 @@ def task_of(config: Config) -> LearnableTask | None:
 def labels_of(task: Task | None) -> tuple[str, ...]:
     """The classes of a classifier's outputs, in their order; none where they are something else."""
     return task.labels if isinstance(task, LabelledTask) else ()
-
-
-def converses(run: Run) -> bool:
-    """Whether a run answers conversations: by its task, or where that is not known by its tokens."""
-    task = task_of(run.config)
-    return isinstance(task, Chat) if task else has_chat_tokens(run.tokenizer)
 
 
 def merged_run(run: Run) -> Run:

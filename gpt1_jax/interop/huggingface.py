@@ -14,7 +14,6 @@ from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_conf
 from gpt1_jax.interop.finetuned import (
     LANGUAGE_MODEL,
     architecture,
-    converses,
     head_config,
     head_tensors,
     merged_run,
@@ -127,13 +126,13 @@ def public_config(run: Run) -> dict[str, Any]:
 
 def _generation_config(run: Run) -> dict[str, Any]:
     separator = run.tokenizer.separator_id
-    end = run.tokenizer.special_id(END) if converses(run) else separator
+    end = run.tokenizer.special_id(END) if run.chat_template else separator
     # The public class has no cache of keys and values.
     return {"bos_token_id": separator, "eos_token_id": end, "pad_token_id": separator, "use_cache": False}
 
 
 def _tokenizer_settings(run: Run, tokenizer_json: bytes) -> dict[str, Any]:
-    settings = tokenizer_config(FastTokenizer(tokenizer_json), run.config.context_length, converses(run))
+    settings = tokenizer_config(FastTokenizer(tokenizer_json), run.config.context_length, run.chat_template)
     if run.config.model.num_classes:
         # Positions count from the first column, so padding stands on the right, where no token sees it.
         settings |= {"pad_token": settings["eos_token"], "padding_side": "right"}

@@ -27,8 +27,9 @@ from gpt1_jax.interop.original_tokenizer import original_tokenizer
 from gpt1_jax.interop.safetensors_files import Weights
 from gpt1_jax.interop.staging import check_new, in_bucket, staged
 from gpt1_jax.model.layers import NORM_EPSILON
+from gpt1_jax.text.conversation import chat_template, has_chat_tokens
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.checkpoint import CHAT_TEMPLATE, Checkpoints, RunFiles
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.run import CONFIG
 
@@ -59,6 +60,7 @@ class _Source:
         tokenizer: its tokenizer.
         problems: what is wrong with it.
         tied: whether the output projection is the token embedding though it is not stored.
+        chat_template: of its conversations, Jinja, if it has one.
     """
 
     values: dict[str, Any]
@@ -67,6 +69,7 @@ class _Source:
     tokenizer: Tokenizer
     problems: list[str]
     tied: bool = True
+    chat_template: str | None = None
 
 
 def import_run(
@@ -106,9 +109,15 @@ def import_run(
             f"{folder}: its classifier ({', '.join(heads)}) is left out: a run gets one by 'gpt1 finetune'; the "
             "transformer below it is imported"
         )
+    template = source.chat_template
+    if template and not (has_chat_tokens(source.tokenizer) and template == chat_template(source.tokenizer)):
+        say(f"{folder}: its chat template is left out: conversations have another form here (docs/finetuning.md)")
+        template = None
     params = params_from(lambda name: source.read(stored[name]), config.model)
     with in_bucket(run_dir) if is_remote(run_dir) else staged(Path(run_dir)) as made:
-        files = RunFiles(config.to_yaml(), source.tokenizer.to_bytes(), examples=0, data=None, corpus=None)
+        files = RunFiles(
+            config.to_yaml(), source.tokenizer.to_bytes(), examples=0, data=None, corpus=None, chat_template=template
+        )
         with Checkpoints(made, CheckpointConfig()) as checkpoints:
             checkpoints.save_imported(params, files)
             checkpoints.wait()
@@ -137,7 +146,7 @@ def _read_public(folder: Path) -> _Source:
     tokenizer, differences = _public_tokenizer(folder, public)
     problems = [*_departures(public), *weights.problems(), *differences]
     tied = public.get("tie_word_embeddings", True) is not False
-    return _Source(values, weights.shapes, weights.read, tokenizer, problems, tied)
+    return _Source(values, weights.shapes, weights.read, tokenizer, problems, tied, _chat_template(folder))
 
 
 def _read_original(folder: Path) -> _Source:
@@ -222,6 +231,15 @@ def _public_tokenizer(folder: Path, public: Mapping[str, Any]) -> tuple[Tokenize
     raise UserError(
         f"{folder}: no tokenizer here; expected {own.name}, {vocabulary.name} with {merges.name}, or {fast.name}"
     )
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template, from either of the two places where transformers writes it."""
+    file, settings = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    found = _read_json(settings).get("chat_template") if settings.exists() else None
+    return found if isinstance(found, str) else None
 
 
 def _fast_size(path: Path) -> int:

@@ -107,17 +107,17 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], room: int) 
     return encoded
 
 
-def chat_template(special_names: Sequence[str]) -> str:
+def chat_template(tokenizer: Tokenizer) -> str:
     """The same form as a Jinja template, for ``apply_chat_template`` of transformers.
 
     That method renders a text and then looks for special tokens in it, so it cannot tell the template's own from those
     that a message spells: a message that spells one is refused, and never read as that token.
 
     Args:
-        special_names: of all special tokens of the tokenizer, its separator and its unknown token among them.
+        tokenizer: one with ``CHAT_TOKENS``.
     """
     return (
-        f"{{%- set special = {json.dumps(list(special_names), ensure_ascii=False)} -%}}"
+        f"{{%- set special = {json.dumps(tokenizer.reserved, ensure_ascii=False)} -%}}"
         "{%- for message in messages -%}"
         f"{{%- if message['role'] not in {json.dumps(ROLES)} -%}}"
         "{{- raise_exception('a role must be one of " + ", ".join(ROLES) + ", and not ' + message['role']) -}}"

@@ -33,6 +33,7 @@ class FastTokenizer:
         separator_reserved: whether no text encodes to it; false where it is the unknown token.
         unknown: the name of the token for what the vocabulary does not have, or None.
         special_tokens: the names of the special tokens, in the order of their ids, without the separator.
+        reserved: the names, sorted, that other software may read as tokens: separator, unknown and special ones.
         fingerprint: SHA-256 of the JSON, hexadecimal.
 
     Raises:
@@ -57,6 +58,8 @@ class FastTokenizer:
             if added.special and token != self.separator_id
         }
         self.special_tokens: tuple[str, ...] = tuple(self._special_ids)
+        separator = self.token(self.separator_id)
+        self.reserved = tuple(sorted({separator, self.unknown or separator, *self.special_tokens}))
         self.fingerprint: str = hashlib.sha256(content).hexdigest()
         self._bytes = {token: int(byte[1], 16) for name, token in vocabulary.items() if (byte := _BYTE.fullmatch(name))}
         self._byte_ids = {byte: token for token, byte in self._bytes.items()}

@@ -53,6 +53,8 @@ class SentencePieceTokenizer:
             if self._processor.is_control(token) and token != self.separator_id
         }
         self.special_tokens: tuple[str, ...] = tuple(self._special_ids)
+        others = (self._processor.id_to_piece(token) for token in (self.separator_id, self._processor.unk_id()))
+        self.reserved: tuple[str, ...] = tuple(sorted({*others, *self.special_tokens}))
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         decoded = self.decode(self.encode(PROBE))

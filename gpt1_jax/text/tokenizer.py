@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def reserved(self) -> tuple[str, ...]:
+        """The names, sorted, that other software may read as tokens: separator, unknown and special ones."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's serialized form, hexadecimal."""
         ...

@@ -7,7 +7,7 @@ last, says that all of it is there. It holds all that a run needs to go on, and 
     params/     the weights
     training/   the optimizer's state, the step, the random key
     run/        config.yaml, tokenizer.model, position.json (examples read, and fingerprints: of what they were read
-                from, and of the corpus of the pre-training)
+                from, and of the corpus of the pre-training), of a model of conversations chat_template.jinja
 
 The checkpoint of an imported model has no training/, and both fingerprints are null.
 
@@ -40,6 +40,7 @@ from gpt1_jax.model.transformer import Params
 from gpt1_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class RunFiles:
         examples: training examples read so far, which is the position in the data.
         data: fingerprint of what they were read from, a corpus or a task; None: the weights were imported.
         corpus: fingerprint of the corpus of the pre-training; None: it is not known, the weights began as imported.
+        chat_template: the form of the conversations that the model was trained on, Jinja; None: it was on none.
     """
 
     config: str
@@ -59,6 +61,7 @@ class RunFiles:
     examples: int
     data: str | None
     corpus: str | None
+    chat_template: str | None = None
 
 
 class _RunFilesHandler(ocp.CheckpointHandler):
@@ -71,8 +74,11 @@ class _RunFilesHandler(ocp.CheckpointHandler):
             (directory / "tokenizer.model").write_bytes(files.tokenizer)
             position = json.dumps({"examples": files.examples, "data": files.data, "corpus": files.corpus})
             (directory / "position.json").write_text(position, encoding="utf-8")
+            if files.chat_template is not None:
+                (directory / CHAT_TEMPLATE).write_text(files.chat_template, encoding="utf-8")
 
     def restore(self, directory: epath.Path, args: "_RestoreRunFiles") -> RunFiles:
+        template = directory / CHAT_TEMPLATE
         position = json.loads((directory / "position.json").read_text(encoding="utf-8"))
         return RunFiles(
             config=(directory / "config.yaml").read_text(encoding="utf-8"),
@@ -80,6 +86,7 @@ class _RunFilesHandler(ocp.CheckpointHandler):
             examples=position["examples"],
             data=position.get("data", position["corpus"]),  # a run of before there was fine-tuning has one alone
             corpus=position["corpus"],
+            chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
         )
 
 

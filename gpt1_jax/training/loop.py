@@ -45,6 +45,7 @@ class Lesson:
         tokens: how many tokens the first so many examples have.
         flops_per_token: model FLOPs of a token of them.
         params: weights to begin with; None: drawn ones.
+        chat_template: the form of its conversations, Jinja, if it is of such.
     """
 
     fingerprint: str
@@ -57,6 +58,7 @@ class Lesson:
     tokens: Callable[[int], int]
     flops_per_token: int
     params: Callable[[], Params] | None = None
+    chat_template: str | None = None
 
 
 def train(
@@ -154,7 +156,12 @@ def learn(
                 recorder.drain()  # a checkpoint is written only once every step before it is known to be finite
                 position = read + (step - begin) * config.train.batch_size
                 files = RunFiles(
-                    config.to_yaml(), tokenizer.to_bytes(), position, data=lesson.fingerprint, corpus=lesson.corpus
+                    config.to_yaml(),
+                    tokenizer.to_bytes(),
+                    position,
+                    data=lesson.fingerprint,
+                    corpus=lesson.corpus,
+                    chat_template=lesson.chat_template,
                 )
                 with jax.transfer_guard("allow"):
                     checkpoints.save(step, state, files)

@@ -84,6 +84,7 @@ class Run:
         tokenizer: the tokenizer that it was trained with.
         mesh: the devices that hold the weights.
         params: the weights, float32.
+        chat_template: the form of the conversations that it was trained on, Jinja; None: it was on none.
     """
 
     path: epath.Path
@@ -94,6 +95,7 @@ class Run:
     tokenizer: Tokenizer
     mesh: Mesh
     params: Params
+    chat_template: str | None = None
 
 
 def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> Run:
@@ -129,7 +131,7 @@ def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -
         )
         params = checkpoints.restore_params(step, abstract)
     tokenizer = load_tokenizer(files.tokenizer)
-    return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params)
+    return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params, files.chat_template)
 
 
 def read_results(path: epath.Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gpt1_jax.config_file import parse, parse_config
 from gpt1_jax.errors import DamagedError, Interrupted, UserError
 from gpt1_jax.finetuning import finetune as module
 from gpt1_jax.finetuning.finetune import best_epoch, finetune, summarize
+from gpt1_jax.text.conversation import chat_template
 from gpt1_jax.text.tokenizer import read_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.choices import resolve
@@ -315,6 +316,8 @@ def test_chat_is_asked_for_every_answer(workshop):
     assert found["examples"]["test"] == 4
     run = open_run(workshop.folder / "chat")
     assert run.config.model.num_classes is None and run.tokenizer.special_tokens[-1] == "<|end|>"
+    stored = workshop.folder / "chat" / "checkpoints" / str(run.step) / "run" / "chat_template.jinja"
+    assert stored.read_text() == run.chat_template == chat_template(run.tokenizer)
 
 
 def test_a_system_message_without_room_is_found_before_training(workshop, monkeypatch):

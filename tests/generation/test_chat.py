@@ -9,7 +9,7 @@ from gpt1_jax.errors import UserError
 from gpt1_jax.generation import chat
 from gpt1_jax.generation.chat import Chat, check_chat
 from gpt1_jax.generation.sampling import GREEDY
-from gpt1_jax.text.conversation import CHAT_TOKENS, Message, encode_prompt
+from gpt1_jax.text.conversation import CHAT_TOKENS, Message, chat_template, encode_prompt
 from gpt1_jax.text.sentencepiece import train_tokenizer
 
 MODEL = ModelConfig(vocab_size=304, context_length=40, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16)
@@ -20,9 +20,9 @@ ROOM = 30  # beside answers of ten tokens
 def run():
     tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog.\n" * 20], 300)
     config = Config(model=MODEL, evaluation=EvaluationConfig(sample_tokens=8))
-    return SimpleNamespace(
-        path=Path("runs/chat"), config=config, params={}, tokenizer=tokenizer.with_special_tokens(CHAT_TOKENS)
-    )
+    extended = tokenizer.with_special_tokens(CHAT_TOKENS)
+    template = chat_template(extended)
+    return SimpleNamespace(path=Path("runs/chat"), config=config, params={}, tokenizer=extended, chat_template=template)
 
 
 @pytest.fixture
@@ -121,8 +121,11 @@ def test_what_does_not_fit_by_itself(talk):
     assert found.chat.messages[0].role == "user"
 
 
-def test_a_run_without_the_tokens_of_conversations_is_refused(run):
-    plain = SimpleNamespace(**vars(run) | {"tokenizer": train_tokenizer(["The fox.\n" * 20], 270)})
+def test_a_run_that_learned_no_conversations_or_others_is_refused(run):
+    plain = SimpleNamespace(**vars(run) | {"chat_template": None})
+    other = SimpleNamespace(**vars(run) | {"chat_template": run.chat_template.replace("<|end|>", "<|eot|>")})
+    with pytest.raises(UserError, match=r"runs/chat: its conversations have a form that this version does not make"):
+        check_chat(other, 10)
     with pytest.raises(UserError, match=r"runs/chat: this run knows no conversations.*task\.form=chat"):
         check_chat(plain, 10)
     with pytest.raises(UserError, match="no room"):

@@ -15,7 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt1_jax.errors import UserError
 from gpt1_jax.interop.fast_conversion import fast_tokenizer_json, tokenizer_config
-from gpt1_jax.text.conversation import CHAT_TOKENS, Message, encode_conversation, encode_prompt, has_chat_tokens
+from gpt1_jax.text.conversation import (
+    CHAT_TOKENS,
+    Message,
+    chat_template,
+    encode_conversation,
+    encode_prompt,
+    has_chat_tokens,
+)
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import PROBE, SentencePieceTokenizer, train_tokenizer
 from gpt1_jax.text.tokenizer import load_tokenizer
@@ -71,7 +78,11 @@ def public_folder(folder, tokenizer):
     content = fast_tokenizer_json(tokenizer)
     (folder / "tokenizer.json").write_bytes(content)
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(tokenizer_config(FastTokenizer(content), 32, has_chat_tokens(tokenizer)))
+        json.dumps(
+            tokenizer_config(
+                FastTokenizer(content), 32, chat_template(tokenizer) if has_chat_tokens(tokenizer) else None
+            )
+        )
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "openai-gpt"}))
     return folder
@@ -213,6 +224,5 @@ def test_a_fast_tokenizer_is_given_as_it_is(model):
     content = b"\n".join(fast_tokenizer_json(model).split(b"\n")) + b"\n"
     tokenizer = FastTokenizer(content)
     assert fast_tokenizer_json(tokenizer) == content
-    assert tokenizer_config(tokenizer, 7, False) == tokenizer_config(
-        FastTokenizer(fast_tokenizer_json(model)), 7, False
-    )
+    assert tokenizer_config(tokenizer, 7) == tokenizer_config(FastTokenizer(fast_tokenizer_json(model)), 7)
+    assert tokenizer.reserved == model.reserved == ("<unk>", "<|endoftext|>")

@@ -28,7 +28,7 @@ from gpt1_jax.interop.huggingface import export_huggingface
 from gpt1_jax.interop.importing import import_run
 from gpt1_jax.interop.stablehlo import export_stablehlo
 from gpt1_jax.model.transformer import bind
-from gpt1_jax.text.conversation import CHAT_TOKENS, Message, encode_prompt
+from gpt1_jax.text.conversation import CHAT_TOKENS, Message, chat_template, encode_prompt
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.training.run import Run, open_run
 
@@ -109,7 +109,8 @@ def make_finetuned(make_run) -> MakeFinetuned:
         }
         run = make_run(**(settings | model | {"lora": finetune.model.lora}))
         config = run.config.model_copy(update={"finetune": finetune, "seed": 3})
-        return dataclasses.replace(run, config=config, tokenizer=tokenizer)
+        template = chat_template(tokenizer) if form == "chat" else None
+        return dataclasses.replace(run, config=config, tokenizer=tokenizer, chat_template=template)
 
     return make
 
@@ -332,7 +333,23 @@ def test_what_makes_texts_comes_back_bit_by_bit(exports, form, tmp_path):
     assert told == []
     export_huggingface(found, tmp_path / "again", {}, 10**9)
     again = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
-    assert ("chat_template" in again) == (form == "chat")
+    assert again.get("chat_template") == found.chat_template == exported.run.chat_template
+    assert (found.chat_template is not None) == (form == "chat")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_chat_template_of_another_form_is_left_out_and_told_of(exports, tmp_path, moved):
+    folder, told = shutil.copytree(exports["chat"].folder, tmp_path / "model"), []
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    other = settings.pop("chat_template").replace("<|end|>", "<|eot|>")
+    if moved:  # where later versions of transformers write it
+        (folder / "chat_template.jinja").write_text(other)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings if moved else settings | {"chat_template": other})
+    )
+    import_run(folder, tmp_path / "run", [], told.append)
+    assert len(told) == 1 and "its chat template is left out: conversations have another form here" in told[0]
+    assert open_run(tmp_path / "run").chat_template is None
 
 
 @pytest.mark.parametrize("form", ["entailment", "multiple_choice"])

@@ -23,7 +23,7 @@ from gpt1_jax.interop.huggingface import export_huggingface
 from gpt1_jax.interop.layout import public_shapes, public_tensors
 from gpt1_jax.interop.safetensors_files import write_weights
 from gpt1_jax.model.transformer import num_parameters
-from gpt1_jax.text.conversation import CHAT_TOKENS, END
+from gpt1_jax.text.conversation import CHAT_TOKENS, END, chat_template
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 
 FIGURES = {
@@ -151,11 +151,12 @@ def test_the_public_tokenizer_gives_the_same_tokens_and_nothing_more(exported, r
 
 def test_an_answer_of_a_conversation_ends_where_its_message_does(make_run, tmp_path):
     made = make_run(vocab_size=320 + len(CHAT_TOKENS))
-    run = dataclasses.replace(made, tokenizer=made.tokenizer.with_special_tokens(CHAT_TOKENS))
+    tokenizer = made.tokenizer.with_special_tokens(CHAT_TOKENS)
+    run = dataclasses.replace(made, tokenizer=tokenizer, chat_template=chat_template(tokenizer))
     export_huggingface(run, tmp_path / "out", {}, 10**9)
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == run.tokenizer.special_id(END)
-    assert "add_generation_prompt" in json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"]
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == run.chat_template
 
 
 @pytest.mark.parametrize(("max_bytes", "count"), [(10**9, 1), (120_000, 4), (1, 38)])

@@ -157,7 +157,7 @@ def test_any_tokens_stream_as_they_decode(tokenizer, data):
 
 def test_its_bytes_are_all_of_it(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(fast_tokenizer_json(tokenizer))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 32, False)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 32)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "openai-gpt"}))
     auto: Any = AutoTokenizer.from_pretrained(tmp_path)
     stored = load_tokenizer(tokenizer.to_bytes())
