@@ -221,7 +221,9 @@ class Hub:
         elif not member.left:
             member.left = True
             self._end(StalledError(has_gone(process, self._name(process))))
-        if all(member.left for number, member in self._members.items() if number):
+        # Who leaves before all are there comes again; it must find process 0 waiting for it in the end.
+        ending = self._began or self._over or process == 0
+        if ending and all(member.left for number, member in self._members.items() if number):
             self._empty.set()
 
     def _end(self, error: GPT1Error, code: int | None = None) -> None:

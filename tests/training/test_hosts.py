@@ -237,8 +237,10 @@ def test_who_leaves_before_all_are_there_may_come_again():
             early.sendall(hello + b"\n")
             wait_until(lambda: "1 (early)" in job.said[-1])
         wait_until(lambda: "1 (early)" not in job.said[-1])
-        hosts = [first, pool.submit(job.join, 1), pool.submit(job.join, 2)]
-        leave(pool, [each.result() for each in hosts])
+        hosts = [each.result() for each in (first, pool.submit(job.join, 1), pool.submit(job.join, 2))]
+        line = hosts[0]._line
+        assert line and line._hub and not line._hub._empty.is_set()  # process 0 will not leave before the others
+        leave(pool, hosts)
     assert job.said[-1].endswith("0 (name-0), 1 (name-1), 2 (name-2)")
 
 
