@@ -16,7 +16,7 @@ train: .venv/.installed ## prepare the embedded corpus, train a small GPT-1 on i
 	@$(BIN)/gpt1 train $(CONFIG)
 
 test: .venv/.installed-test ## run the tests
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not full_size'
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile -m 'not full_size'
 
 test-plan: .venv/.installed-test ## plan the paper's model on 16 TPU chips, and hold the plan to its bounds
 	@$(BIN)/python -m pytest -m full_size
