@@ -26,17 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gpt1_jax.config import Config, ModelConfig
 from gpt1_jax.errors import UserError
 from gpt1_jax.generation.decode import Completion
-from gpt1_jax.generation.prefill import (
-    Cached,
-    advance,
-    bucket,
-    decoding_model,
-    on_devices,
-    pad,
-    prefill,
-    prompt_room,
-    to_host,
-)
+from gpt1_jax.generation.prefill import Cached, advance, bucket, decoding_model, pad, prefill, prompt_room, to_host
 from gpt1_jax.model.transformer import GPT, Params, bind
 
 
@@ -83,7 +73,7 @@ def beam_search(
     room = prompt_room(config, max_tokens)
     best = _search(
         params,
-        *on_devices(pad(prompts, room, separator_id), params),
+        *pad(prompts, room, separator_id, params),
         max_tokens,
         length_penalty,
         separator_id if end_id is None else end_id,

@@ -14,17 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from gpt1_jax.config import Config, ModelConfig
-from gpt1_jax.generation.prefill import (
-    Cached,
-    advance,
-    bucket,
-    decoding_model,
-    on_devices,
-    pad,
-    prefill,
-    prompt_room,
-    to_host,
-)
+from gpt1_jax.generation.prefill import Cached, advance, bucket, decoding_model, pad, prefill, prompt_room, to_host
 from gpt1_jax.generation.sampling import Sampling, sample
 from gpt1_jax.model.transformer import Params, bind
 
@@ -108,7 +98,7 @@ def stream(
     """
     assert chunk > 0
     end = separator_id if end_id is None else end_id
-    padded = on_devices(pad(prompts, prompt_room(config, max_tokens), separator_id), params)
+    padded = pad(prompts, prompt_room(config, max_tokens), separator_id, params)
     model = decoding_model(config.model)
     begin = partial(_begin, config=model, slots_of_new=bucket(max_tokens))
     decode = partial(_decode, config=model, sampling=sampling, chunk=chunk)

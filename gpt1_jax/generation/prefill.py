@@ -69,13 +69,16 @@ def decoding_model(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"scan_layers": True})
 
 
-def pad(prompts: Sequence[np.ndarray], room: int, separator_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad(prompts: Sequence[np.ndarray], room: int, separator_id: int, params: Params) -> list[np.ndarray | jax.Array]:
     """Prompts as one array: left-padded, with rows added, to a shape that many other batches share.
+
+    The devices that hold the weights share the rows, if these divide among them.
 
     Args:
         prompts: token ids; one without any becomes the separator, the start of a document.
         room: tokens to which each is cut, from the left.
         separator_id: the separator.
+        params: the weights.
 
     Returns:
         tokens_BP, int32; pads_B, int32, the padding on the left of each row; real_B, bool, False in added rows.
@@ -88,16 +91,11 @@ def pad(prompts: Sequence[np.ndarray], room: int, separator_id: int) -> tuple[np
     for index, prompt in enumerate(fitted):
         pads_B[index] = width - len(prompt)
         tokens_BP[index, pads_B[index] :] = prompt
-    return tokens_BP, pads_B, np.arange(rows) < len(fitted)
+    return _on_devices([tokens_BP, pads_B, np.arange(rows) < len(fitted)], params)
 
 
-def on_devices(arrays: Sequence[np.ndarray], params: Params) -> list[np.ndarray | jax.Array]:
-    """Arrays of rows, the rows split over the devices of the weights; as they are where these are on one device.
-
-    Args:
-        arrays: the same on every host, of a power of two rows.
-        params: of the model.
-    """
+def _on_devices(arrays: list[np.ndarray], params: Params) -> list[np.ndarray | jax.Array]:
+    """Arrays of rows, the same on every host, split over the devices of the weights."""
     layout = jax.tree.leaves(params)[0].sharding
     mesh = layout.mesh if isinstance(layout, NamedSharding) else None
     if not isinstance(mesh, Mesh) or len(arrays[0]) % axis_size(mesh, "batch"):

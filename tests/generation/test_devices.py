@@ -15,7 +15,7 @@ from gpt1_jax.config import Config, EvaluationConfig, MeshConfig, ModelConfig
 from gpt1_jax.generation import decode
 from gpt1_jax.generation.beam import beam_search
 from gpt1_jax.generation.decode import generate
-from gpt1_jax.generation.prefill import on_devices, pad
+from gpt1_jax.generation.prefill import pad
 from gpt1_jax.generation.sampling import Sampling
 from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import Params, init_params, parameter_axes
@@ -47,7 +47,7 @@ def written(params: Params) -> dict[str, Any]:
     drawn = generate(CONFIG, params, prompts, sampling=Sampling(0.8), seed=3, **shared)
     searched = beam_search(CONFIG, params, prompts, beams=3, length_penalty=0.6, **shared)
     alone = generate(CONFIG, params, prompts[:1], sampling=Sampling(0.8), seed=3, **shared)  # fewer than devices
-    rows = on_devices(pad(prompts, 8, END), params)
+    rows = pad(prompts, 8, END, params)
     state = decode._begin(params, *rows, 0, config=MODEL, slots_of_new=16)
     keys = state.cached.cache.k_LBSKH
     return {
