@@ -237,7 +237,7 @@ def _chat_template(folder: Path) -> str | None:
     """The chat template, from either of the two places where transformers writes it."""
     file, settings = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")  # it is compared, and never used as it is
     found = _read_json(settings).get("chat_template") if settings.exists() else None
     return found if isinstance(found, str) else None
 
