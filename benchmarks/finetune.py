@@ -44,16 +44,19 @@ def read(args: argparse.Namespace, auxiliary: float) -> tuple[Config, Dataset, E
     from gpt1_jax.finetuning.forms import encode, special_tokens
     from gpt1_jax.text.tokenizer import read_tokenizer
 
-    # A base that is never opened: the paper's model, and rows enough for the tokens of the form.
     overrides = [f"train.auxiliary={auxiliary}", f"model.dtype={args.dtype}", "train.epochs=1", *args.overrides]
     config = load(FinetuneConfig, RECIPE, overrides)
-    tokenizer = read_tokenizer(args.tokenizer).with_special_tokens(special_tokens(config.task))
+    plain = read_tokenizer(args.tokenizer)
+    tokenizer = plain.with_special_tokens(special_tokens(config.task))
     examples = read_examples(config.task, "train").examples
-    base = Config.model_validate_json(json.dumps({"evaluation": {"sample_tokens": 1}}))
+    # A base that is never opened: the paper's model, of the tokenizer at hand.
+    keys = {"evaluation": {"sample_tokens": 1}, "model": {"vocab_size": plain.vocab_size}}
+    base = Config.model_validate_json(json.dumps(keys))
     dataset = Dataset(encode(config.task, examples[: args.rows], tokenizer, base.context_length))
     order = EpochOrder(dataset, config.train.batch_size, 0, base.context_length)
     found = run_config(config, base, tokenizer, order.steps_per_epoch, 0)
-    model = found.model.model_copy(update={"vocab_size": base.model.vocab_size + len(tokenizer.special_tokens)})
+    # The paper's vocabulary, whatever the tokenizer's: the products with it are part of what is timed.
+    model = found.model.model_copy(update={"vocab_size": Config().model.vocab_size + len(tokenizer.special_tokens)})
     return found.model_copy(update={"model": model}), dataset, order
 
 
