@@ -10,12 +10,14 @@ import re
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from etils import epath
 
+from gpt1_jax.checkpoint_commands import checkpoint_app
 from gpt1_jax.console import Json, Overrides, RunFolder, print_json, say
 from gpt1_jax.data.storage import is_remote, storage_fault
 from gpt1_jax.data_commands import data_app
@@ -24,11 +26,13 @@ from gpt1_jax.evaluate_command import evaluate, print_figures
 from gpt1_jax.finetune_command import finetune
 from gpt1_jax.generate_command import generate
 from gpt1_jax.plan_command import plan
+from gpt1_jax.training.interrupt import Interruption
 
 # JAX takes seconds to import, so the stages are imported by the commands that use them, and --help is quick.
 if TYPE_CHECKING:
     from gpt1_jax.data.prepare import Progress
     from gpt1_jax.finish import Finished
+    from gpt1_jax.training.hosts import Hosts
 
 app = typer.Typer(
     name="gpt1",
@@ -40,6 +44,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.command(
     epilog="Examples:\n\n  gpt1 plan configs/gpt1.yaml --topology v5e:4x4\n\n"
     "  gpt1 plan configs/gpt1.yaml --topology v5p-128 --slices 2 train.batch_size=4096 --json"
@@ -95,6 +100,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fal
 @app.command(
     epilog="Examples:\n\n  gpt1 train configs/tiny.yaml\n\n"
     "  gpt1 train configs/tiny.yaml name=wide model.embed_dim=384\n\n"
+    "  gpt1 train configs/tiny.yaml --restart 3\n\n"
     "Stop it with Ctrl-C and run the same command again: it goes on where it stopped."
 )
 def train(
@@ -103,26 +109,46 @@ def train(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Go on with a run that another configuration or corpus made.")
     ] = False,
+    restart: Annotated[
+        int | None,
+        typer.Option(min=0, help="Start again after a fault; at most so many times in a row without a new checkpoint."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a run, preparing its corpus first if needed; then evaluate it, sample from it, and report."""
+    if restart is not None:
+        from gpt1_jax.supervisor import supervise
+
+        options = ["--allow-changes"] * allow_changes + ["--json"] * as_json
+        raise typer.Exit(supervise(config, overrides or (), options, restart))
+    with Interruption() as interruption:
+        finished = _train(config, overrides or (), allow_changes, interruption)
+    if finished:
+        _print_finished(finished, as_json)
+
+
+def _train(
+    config: epath.Path, overrides: Sequence[str], allow_changes: bool, interruption: Interruption
+) -> "Finished | None":
     from gpt1_jax.config import DistributedConfig
     from gpt1_jax.config_file import load_config
     from gpt1_jax.data.corpus import Corpus
     from gpt1_jax.data.prepare import prepare as prepare_corpus
-    from gpt1_jax.finish import finish, validation_figures
+    from gpt1_jax.finish import finish, finished_run, is_finished, validation_figures
     from gpt1_jax.training.choices import resolve
     from gpt1_jax.training.compilation_cache import compilation_cache
     from gpt1_jax.training.hardware import keep_freed_memory
     from gpt1_jax.training.hosts import join
+    from gpt1_jax.training.lock import sole_writer
     from gpt1_jax.training.loop import train as train_run
     from gpt1_jax.training.mesh import check_mesh, make_mesh
     from gpt1_jax.training.run import check_pretraining, check_run, check_shared
 
     keep_freed_memory()
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, overrides)
     check_pretraining(settings)
-    with join(settings, say) as hosts, compilation_cache(settings):
+    with join(settings, say, interruption) as hosts, compilation_cache(settings):
+        hosts.expect("finding the devices", settings.deadlines.start)
         # Where a process is belongs to this start, and not to the run.
         settings, choices = resolve(settings.model_copy(update={"distributed": DistributedConfig()}))
         mesh = make_mesh(settings.mesh)
@@ -131,14 +157,17 @@ def train(
         check_run(settings, allow_changes)
         for choice in choices if hosts.process == 0 else ():
             say(str(choice))
-        prepared = hosts.first(lambda: str(prepare_corpus(settings, progress=_prepare_progress())))
-        corpus = Corpus(epath.Path(prepared), settings.data.verify, settings.data.readers)
-        tokenizer = corpus.tokenizer()
-        evaluate = validation_figures(settings, corpus, mesh)
-        train_run(settings, corpus, tokenizer, mesh, evaluate, allow_changes, hosts)
-        finished = finish(settings.run_dir, corpus, mesh, hosts)
-    if finished:
-        _print_finished(finished, as_json)
+        if hosts.first(lambda: is_finished(settings.run_dir, settings.train.steps)):
+            return finished_run(settings.run_dir, mesh, hosts)
+        with sole_writer(settings.run_dir, hosts, say):
+            hosts.expect("preparing the corpus", settings.deadlines.start)
+            prepared = hosts.first(lambda: str(prepare_corpus(settings, progress=_watched(_prepare_progress(), hosts))))
+            corpus = Corpus(epath.Path(prepared), settings.data.verify, settings.data.readers)
+            tokenizer = corpus.tokenizer()
+            evaluate = validation_figures(settings, corpus, mesh, hosts)
+            train_run(settings, corpus, tokenizer, mesh, evaluate, allow_changes, hosts)
+            hosts.expect("reading the last checkpoint", settings.deadlines.start)
+            return finish(settings.run_dir, corpus, mesh, hosts)
 
 
 app.command(
@@ -258,6 +287,16 @@ def _prepare_progress() -> "Progress":
     return show
 
 
+def _watched(progress: "Progress", hosts: "Hosts") -> "Progress":
+    """The same, and each part that is counted has the time of a whole start; what is not counted has no deadline."""
+
+    def show(stage: str, done: int, total: int | None) -> None:
+        progress(stage, done, total)
+        hosts.renew(counted=total is not None)
+
+    return show
+
+
 def _print_finished(finished: "Finished", as_json: bool) -> None:
     """A run's figures, the first of its samples, and what to do next."""
     run, path = finished.run, finished.run.path
@@ -284,7 +323,7 @@ def main() -> None:
     """Runs a command and exits with the code that scripts rely on."""
     if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/*")):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu, if installed, complains that there is no TPU
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax explains itself at length
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax explains itself at length, and logs what it raises
     try:
         app()
     except GPT1Error as error:

@@ -18,6 +18,8 @@ from gpt1_jax.section import Fraction, PositiveFloat, Section
 from gpt1_jax.source_config import PythonDocs, Source, weight_at
 from gpt1_jax.task_config import AnyTask, LearnableTask
 
+# A number in YAML 1.2, which config_file.py reads; in YAML 1.1, which PyYAML writes, some of these are words.
+YAML_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$")
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -224,6 +226,15 @@ class DataConfig(Section):
         return self
 
 
+class SpikeConfig(Section):
+    """Which losses are spikes, and what is left out then (Chowdhery et al. 2022, "PaLM", section 5.1)."""
+
+    threshold: PositiveFloat = 20.0  # so many median absolute deviations above the median of the losses before
+    window: Annotated[int, Field(ge=2)] = 128  # that many losses before
+    skip: PositiveInt = 200  # batches left out: half of them before the spike, half from its own on
+    max_rewinds: NonNegativeInt = 20  # of a run; at the next spike it stops
+
+
 class TrainConfig(Section):
     """The length and the batch of the run (paper: 100 epochs, 64 random windows of 512 tokens an update).
 
@@ -240,6 +251,9 @@ class TrainConfig(Section):
     deterministic_groups: PositiveInt | None = None
     log_every: PositiveInt = 100  # steps; the first and the last are always logged
     compilation_cache: str | None = "auto"  # folder of compiled functions; auto: in runs_dir; null: none is kept
+    max_skipped_steps: PositiveInt = 10  # in a row, whose loss or gradient is not finite; then the run stops
+    spikes: SpikeConfig | None = None  # go back to before a spike of the loss; null: train on
+    double_check_every: NonNegativeInt = 0  # steps; each such step is computed twice and compared; 0: none is
 
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> "TrainConfig":
@@ -364,6 +378,15 @@ class DistributedConfig(Section):
         return self
 
 
+class DeadlineConfig(Section):
+    """Seconds without progress after which a run is taken for stuck, and ends with exit code 5."""
+
+    start: PositiveFloat = 3600.0  # finding the devices; a part of the preparation; a restore; compilation
+    step: PositiveFloat = 600.0  # an update, its batch, and the metrics of the one before
+    evaluation: PositiveFloat = 1800.0  # a batch of an evaluation; all that follows the last
+    save: PositiveFloat = 1800.0  # a checkpoint
+
+
 class FinetuneModelConfig(Section):
     """What fine-tuning changes of a model, and how it is computed; the keys are those of :class:`ModelConfig`."""
 
@@ -395,6 +418,8 @@ class FinetuneTrainConfig(Section):
     log_every: PositiveInt = 10  # updates
     gradient_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compilation_cache: str | None = "auto"
+    max_skipped_steps: PositiveInt = 10
+    double_check_every: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _accumulation_divides_batch(self) -> "FinetuneTrainConfig":
@@ -427,6 +452,7 @@ class _Recipe(Section):
     evaluation: FinetuneEvaluationConfig = FinetuneEvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     distributed: DistributedConfig = DistributedConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
 
     @property
     def run_dir(self) -> epath.Path:
@@ -467,12 +493,18 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     distributed: DistributedConfig = DistributedConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     finetune: FinetuneConfig | None = None  # what made a fine-tuned run; null: it was pre-trained
 
     @property
     def run_dir(self) -> epath.Path:
         """Folder of the run, local or in a bucket."""
         return epath.Path(self.runs_dir) / self.name
+
+    @property
+    def task(self) -> LearnableTask | None:
+        """What the run was fine-tuned on; None: it was pre-trained."""
+        return self.finetune.task if self.finetune else None
 
     @property
     def context_length(self) -> int:
@@ -492,6 +524,12 @@ class Config(Section):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is longer than the run, "
                 f"train.steps={self.train.steps}"
             )
+        spikes, reach = self.train.spikes, (self.checkpoint.keep - 1) * self.checkpoint.every
+        if spikes and spikes.skip // 2 > reach:
+            problems.append(
+                f"train.spikes.skip={spikes.skip} goes back {spikes.skip // 2} steps, and checkpoint.keep="
+                f"{self.checkpoint.keep} with checkpoint.every={self.checkpoint.every} reaches back {reach}; raise one"
+            )
         context = f"{'train' if self.train.context_length else 'model'}.context_length={self.context_length}"
         stride = self.evaluation.stride
         if stride is not None and stride > self.context_length:
@@ -508,7 +546,19 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return as_yaml(self.model_dump(mode="json"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which also quotes the words that would be read as numbers, such as a run's name ``1e5``."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Keys and values as YAML that reads back to the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:

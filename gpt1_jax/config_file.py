@@ -11,13 +11,37 @@ import pydantic
 import yaml
 from etils import epath
 
-from gpt1_jax.config import Config
+from gpt1_jax.config import YAML_FLOAT, Config
 from gpt1_jax.errors import UserError, nearest
+from gpt1_jax.outside import read_bounded
 from gpt1_jax.section import Section
+
+_MOST_CHARACTERS = 1_000_000  # of a file; in memory, YAML takes a few hundred times as much
+_DEEPEST = 50  # levels
+_MOST_PROBLEMS = 100  # told at once
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with the numbers and booleans of YAML 1.2: ``3e-4`` is one, ``no`` and ``1:30`` are words."""
+    """The safe loader with the numbers and booleans of YAML 1.2: ``3e-4`` is one, ``no`` and ``1:30`` are words.
+
+    It refuses what a short text could make large: aliases, and levels without end.
+    """
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As the safe loader, event by event."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):  # a few aliases of aliases are gigabytes
+            problem = "anchors and aliases are not supported; write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        if self._level == _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", mark)
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -25,11 +49,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
 
 # A path such as ("data", "sources", 0, "kind"), and where it was written: "configs/tiny.yaml:12".
@@ -66,10 +86,10 @@ def load(kind: type[AnyConfig], path: str | os.PathLike[str], overrides: Sequenc
     """
     path = epath.Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, _MOST_CHARACTERS).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such configuration file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
     return parse(kind, text, str(path), overrides)
 
@@ -95,7 +115,8 @@ def parse(kind: type[AnyConfig], text: str, source: str, overrides: Sequence[str
     else:
         if not problems:
             return config
-    raise UserError("\n".join(problems))
+    left = len(problems) - _MOST_PROBLEMS
+    raise UserError("\n".join(problems[:_MOST_PROBLEMS] + [f"and {left:,} more"] * (left > 0)))
 
 
 def _nearest_file(path: epath.Path) -> str:
@@ -124,22 +145,21 @@ class _Builder:
     def __init__(self, loader: _Loader, source: str, origin: dict[_Path, str], problems: list[str]):
         self._loader, self._source = loader, source
         self._origin, self._problems = origin, problems
-        self._built: set[int] = set()  # ids of the nodes
 
     def build(self, node: yaml.Node, path: _Path) -> Any:
         self._origin.setdefault(path, self._where(node))
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
             return self._refuse(node, path, f"the tag {node.tag} is not supported")
         if isinstance(node, yaml.ScalarNode):
-            return self._loader.construct_object(node)
-        if id(node) in self._built:  # a few aliases of aliases are gigabytes
-            return self._refuse(node, path, "anchors and aliases are not supported; write the value out")
-        self._built.add(id(node))
+            return self._scalar(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self._loader.construct_object(key_node, deep=True)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, path, "keys are words, found a list or keys of its own")
+                continue
+            key = self._scalar(key_node, path)
             inner = (*path, key)
             if type(key) is int:  # a step, in a schedule; JSON, which the values go through, has words alone
                 key = str(key)
@@ -152,6 +172,12 @@ class _Builder:
                 self._origin[inner] = self._where(key_node)
                 result[key] = self.build(value_node, inner)
         return result
+
+    def _scalar(self, node: yaml.ScalarNode, path: _Path) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except ValueError as error:  # a number of thousands of digits
+            return self._refuse(node, path, str(error))
 
     def _where(self, node: yaml.Node) -> str:
         return self._source if self._source == _COMMAND_LINE else f"{self._source}:{node.start_mark.line + 1}"
@@ -225,10 +251,10 @@ def _read_recipe(source: dict[str, Any], inside: tuple[str, ...], problems: list
     if file in inside:
         raise UserError(f"file={file}: the recipe is part of itself")
     try:
-        text = epath.Path(file).read_text(encoding="utf-8")
+        text = read_bounded(file, _MOST_CHARACTERS).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"file={file}: there is no such recipe{_nearest_file(epath.Path(file))}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"file={file}: cannot be read as a recipe: {error}") from None
     origin: dict[_Path, str] = {}
     recipe = _parse_yaml(text, file, origin, problems)
@@ -274,7 +300,7 @@ def _explain(
     origin: Mapping[_Path, str],
 ) -> Iterable[str]:
     """One line a problem: where, key, value, what is wrong, and the nearest valid key."""
-    found = [(tuple(_in_file(root, e["loc"])), e) for e in map(_of_key, error.errors())]
+    found = [(tuple(_in_file(root, e["loc"])), e) for e in map(_of_key, error.errors()[: _MOST_PROBLEMS + 1])]
     named = {_dotted(path): path for path in origin}
 
     def where(path: _Path) -> str:
@@ -333,7 +359,7 @@ def _in_file(root: type[Section], path: _Path) -> Iterable[Hashable]:
 def _nearest_key(root: type[Section], path: _Path, values: Mapping[str, Any]) -> str:
     """The valid key nearest to the last of ``path``, in its section first, then anywhere."""
     here = {key: _dotted((*path[:-1], key)) for key in _section_at(root, path[:-1], values).model_fields}
-    anywhere = {str(key[-1]): _dotted(key) for key in _all_keys(root)}
+    anywhere = {str(key[-1]): _dotted(key) for key in reversed(list(_all_keys(root)))}  # of equal ones the first
     for names in (here, anywhere):
         match = difflib.get_close_matches(str(path[-1]), names, n=1)
         if match:

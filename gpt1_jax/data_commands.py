@@ -42,10 +42,9 @@ def show(
     from gpt1_jax.data.corpus import find_corpus
     from gpt1_jax.data.lineage import trace
     from gpt1_jax.training.history import order_at
-    from gpt1_jax.training.run import CONFIG
+    from gpt1_jax.training.run import CONFIG, check_is_run
 
-    if not (run / CONFIG).exists():
-        raise UserError(f"{run}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
+    check_is_run(run)
     config = load_config(run / CONFIG)
     if step > config.train.steps:
         raise UserError(f"--step {step}: {run} has {config.train.steps} steps, the first of which is 1")

@@ -30,13 +30,13 @@ class DamagedError(GPT1Error):
 
 
 class DivergedError(GPT1Error):
-    """The loss or the gradient is no longer finite."""
+    """The computation has gone wrong: no finite loss, spikes without end, or two results of one step."""
 
     exit_code = 4
 
 
 class StalledError(GPT1Error):
-    """The run cannot go on: a host of it has not come, or has gone."""
+    """The run cannot go on: a host of it has not come, has gone, or makes no progress."""
 
     exit_code = 5
 
@@ -48,7 +48,7 @@ class StorageError(GPT1Error):
 
 
 class Interrupted(GPT1Error):
-    """A signal ended the run after a checkpoint was written: the same command goes on from there."""
+    """A signal ended the run, and a checkpoint holds what was trained: the same command goes on from there."""
 
     exit_code = 75
 

@@ -7,6 +7,7 @@ import typer
 from etils import epath
 
 from gpt1_jax.console import Json, Overrides, print_json, say
+from gpt1_jax.training.interrupt import Interruption
 
 TaskFile = Annotated[
     epath.Path,
@@ -23,21 +24,22 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a run on a task, for each seed; choose the best epoch, measure it, and write its predictions."""
-    from gpt1_jax.config import FinetuneConfig
-    from gpt1_jax.config_file import load
-    from gpt1_jax.finetuning.finetune import finetune as finetune_runs
-    from gpt1_jax.finetuning.finetune import summarize
-    from gpt1_jax.training.compilation_cache import compilation_cache
-    from gpt1_jax.training.hardware import keep_freed_memory
-    from gpt1_jax.training.hosts import join
-    from gpt1_jax.training.run import check_shared
+    with Interruption() as interruption:
+        from gpt1_jax.config import FinetuneConfig
+        from gpt1_jax.config_file import load
+        from gpt1_jax.finetuning.finetune import finetune as finetune_runs
+        from gpt1_jax.finetuning.finetune import summarize
+        from gpt1_jax.training.compilation_cache import compilation_cache
+        from gpt1_jax.training.hardware import keep_freed_memory
+        from gpt1_jax.training.hosts import join
+        from gpt1_jax.training.run import check_shared
 
-    keep_freed_memory()
-    settings = load(FinetuneConfig, config, overrides or ())
-    with join(settings, say) as hosts, compilation_cache(settings):
-        check_shared(settings, hosts)
-        results = finetune_runs(settings, hosts, say, allow_changes)
-        process = hosts.process
+        keep_freed_memory()
+        settings = load(FinetuneConfig, config, overrides or ())
+        with join(settings, say, interruption) as hosts, compilation_cache(settings):
+            check_shared(settings, hosts)
+            results = finetune_runs(settings, hosts, say, allow_changes)
+            process = hosts.process
     if process:
         return
     summary = summarize(results)

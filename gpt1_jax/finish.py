@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -22,9 +23,12 @@ from gpt1_jax.generation.decode import generate
 from gpt1_jax.generation.sampling import Sampling
 from gpt1_jax.reporting.records import EVALUATION, SAMPLES, Record, read_final, read_samples
 from gpt1_jax.reporting.report import write_report
+from gpt1_jax.training.checkpoint import Checkpoints
 from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.loop import Evaluate
 from gpt1_jax.training.run import Run, open_run
+
+_PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Finished:
     report: epath.Path
 
 
-def validation_figures(config: Config, corpus: Corpus, mesh: Mesh) -> Evaluate:
+def validation_figures(config: Config, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Evaluate:
     """What evaluates the validation split while training: loss in nats per token, perplexity, bits per byte."""
-    evaluator = Evaluator(config, mesh, corpus.manifest.separator_id)
+    between = partial((hosts or Hosts()).between, "evaluating", config.deadlines.evaluation)
+    evaluator = Evaluator(config, mesh, corpus.manifest.separator_id, between)
     counts = corpus.manifest.splits["validation"]
     stream = corpus.tokens("validation")
 
@@ -65,10 +70,10 @@ def validation_figures(config: Config, corpus: Corpus, mesh: Mesh) -> Evaluate:
     return figures
 
 
-def split_figures(run: Run, corpus: Corpus, split: Split) -> Figures:
-    """The figures of a whole split of the corpus that a run was trained on."""
-    evaluator = Evaluator(run.config, run.mesh, run.tokenizer.separator_id)
-    texts = (text for text, _ in read_documents(corpus.folder, split))
+def split_figures(run: Run, corpus: Corpus, split: Split, between: Callable[[], None] = lambda: None) -> Figures:
+    """The figures of a whole split of the corpus that a run was trained on; ``between`` is called before each batch."""
+    evaluator = Evaluator(run.config, run.mesh, run.tokenizer.separator_id, between)
+    texts = (text for text, _ in read_documents(corpus.folder, split, corpus.sums))
     return evaluate_split(evaluator, run.params, corpus.tokens(split), texts, split)
 
 
@@ -86,19 +91,31 @@ def corpus_of(run: Run) -> Corpus:
     return find_corpus(run.corpus, run.config, run.path)
 
 
-def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Finished | None:
-    """Evaluates a trained run, samples from it and writes its report; None but in process 0, which writes.
+def is_finished(path: epath.Path, steps: int) -> bool:
+    """Whether a run has nothing left to do: its last checkpoint is sound, evaluated, sampled from and reported on."""
+    final = read_final(path).get("step", -1)
+    if final < steps or not (path / _PAGE).exists():
+        return False
+    with Checkpoints(path) as checkpoints:
+        return checkpoints.latest() == final and not checkpoints.problems(final)
 
-    What a finished run already has is read, not made again.
-    """
+
+def finished_run(path: epath.Path, mesh: Mesh, hosts: Hosts) -> Finished | None:
+    """What a finished run has, read; None but in process 0."""
+    run = open_run(path, mesh, hosts=hosts)
+    return None if hosts.process else Finished(run, read_final(path), read_samples(path), path / _PAGE)
+
+
+def finish(path: epath.Path, corpus: Corpus, mesh: Mesh, hosts: Hosts | None = None) -> Finished | None:
+    """Evaluates a trained run, samples from it and writes its report; None but in process 0, which writes."""
     hosts = hosts or Hosts()
-    page = path / "report.html"
-    run = open_run(path, mesh)
-    # Asked once: what the others find may be older, on a shared disk.
-    done = hosts.first(lambda: read_final(path).get("step") == run.step and page.exists())
-    if done:
-        return Finished(run, read_final(path), read_samples(path), page) if hosts.process == 0 else None
-    final = {"step": run.step, **dataclasses.asdict(split_figures(run, corpus, "validation"))}
+    page = path / _PAGE
+    run = open_run(path, mesh, hosts=hosts)
+    seconds = run.config.deadlines.evaluation
+    hosts.expect("reading the text that was held out", seconds)
+    figures = split_figures(run, corpus, "validation", partial(hosts.between, "evaluating", seconds))
+    final = {"step": run.step, **dataclasses.asdict(figures)}
+    hosts.expect("drawing samples, and writing the report", seconds)
     samples = list(_samples(run))
     if hosts.process:
         return None

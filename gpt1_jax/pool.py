@@ -14,7 +14,7 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import TypeVar
 
-from gpt1_jax.errors import GPT1Error
+from gpt1_jax.errors import GPT1Error, StalledError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,15 +26,20 @@ class Pool(AbstractContextManager["Pool"]):
 
     Args:
         workers: number of processes.
+        seconds: that one may take for an item, or to end; then all are killed.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, seconds: float = threading.TIMEOUT_MAX) -> None:
+        self._workers, self._seconds = workers, seconds
         self._executor: ProcessPoolExecutor | None = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._executor:
+            late = threading.Timer(self._seconds, self._kill)
+            late.daemon = True  # so that it keeps nobody from leaving, whom an interrupt has woken here
+            late.start()
             self._executor.shutdown(wait=True, cancel_futures=True)
+            late.cancel()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """``map(function, items)`` in the processes.
@@ -47,6 +52,7 @@ class Pool(AbstractContextManager["Pool"]):
 
         Raises:
             GPT1Error: if a worker was killed.
+            StalledError: if one does not answer in time.
         """
         items = iter(items)
         first = list(itertools.islice(items, 2))
@@ -61,9 +67,9 @@ class Pool(AbstractContextManager["Pool"]):
             for item in itertools.chain(first, items):
                 pending.append(self._executor.submit(function, item))
                 while pending and (len(pending) > _AHEAD * self._workers or pending[0].done()):
-                    yield pending.popleft().result()
+                    yield self._result(pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield self._result(pending.popleft())
         except BrokenProcessPool:
             raise GPT1Error(
                 "a worker process was killed, perhaps for want of memory; run the same command again: it goes on from "
@@ -72,6 +78,26 @@ class Pool(AbstractContextManager["Pool"]):
         finally:
             for future in pending:
                 future.cancel()
+
+    def _result(self, future: Future[Result]) -> Result:
+        try:
+            return future.result(self._seconds)
+        except TimeoutError:
+            if future.done():  # just now, or the error is the function's own
+                return future.result()
+            self._kill()
+            raise StalledError(
+                f"a worker process has not answered for {self._seconds:g} seconds (deadlines.start); run the same "
+                "command again: it goes on from what is done"
+            ) from None
+
+    def _kill(self) -> None:
+        """Ends the workers, whatever they are stuck in; Python has no public way to it before 3.14."""
+        assert self._executor
+        for worker in list(self._executor._processes.values()):
+            worker.kill()
+        # Else the rest of what one of them has sent half of is waited for.
+        self._executor._result_queue._writer.close()  # pyrefly: ignore[missing-attribute]
 
 
 def available_cores() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ["prepare", "train", "evaluate", "generate", "export", "import", "report", "data"]
+COMMANDS = ["prepare", "train", "evaluate", "generate", "export", "import", "report", "data", "checkpoint"]
 
 
 def in_a_process(folder: Path, *arguments: str) -> Any:

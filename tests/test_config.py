@@ -2,7 +2,7 @@ import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import hypothesis
 import hypothesis.strategies as st
@@ -67,6 +67,7 @@ def test_all_errors_come_in_one_message_with_place_value_and_nearest_key():
         "c.yaml:7: embed_dim=3: unknown key; did you mean 'model.embed_dim'?",
         'command line: train.log_every="no": input should be a valid integer',
     ]
+    assert problems("batch_size: 3") == ["c.yaml:1: batch_size=3: unknown key; did you mean 'train.batch_size'?"]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,89 @@ def test_whatever_is_given_is_loaded_or_refused_as_the_users_mistake(values: dic
         assert str(error)
     else:
         assert parse_config(config.to_yaml(), "again") == config
+
+
+# Words that YAML of one version or the other would read as something else; and any other text.
+TEXT = st.sampled_from(
+    "no on null ~ true 1 08 0x1f 1e5 1.5e3 -2E+4 .5 .5e1 1_0 1:30 2026-11-22 = << - : # a:b {} [] ' \" ! & *".split(" ")
+) | st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=6)
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True) | st.sampled_from(
+    ["1e5", "12E3", "0", "no", "1.5e3", "2026-11-22"]
+)
+
+
+def values_of(annotation: Any) -> st.SearchStrategy:
+    """Values of a key, most of them valid."""
+    arguments = get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        fields = annotation.model_fields.items()
+        needed, optional = ({k: f for k, f in fields if f.is_required() == required} for required in (True, False))
+        return st.fixed_dictionaries(
+            {key: values_of(field.annotation) for key, field in needed.items()},
+            optional={key: values_of(field.annotation) for key, field in optional.items()},
+        )
+    if annotation in SIMPLE:
+        return SIMPLE[annotation]
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is Annotated:
+        return values_of(arguments[0])
+    if origin is tuple:
+        return st.lists(values_of(arguments[0]), min_size=1, max_size=3)
+    if origin is dict:  # a schedule
+        return st.dictionaries(st.integers(1, 999).map(str), SIMPLE[float], max_size=2).map(lambda d: {"0": 1.0, **d})
+    return st.one_of(map(values_of, arguments))
+
+
+SIMPLE: dict[Any, st.SearchStrategy] = {
+    bool: st.booleans(),
+    int: st.integers(2, 4096),
+    float: st.floats(0, 1, exclude_min=True, exclude_max=True),
+    str: TEXT,
+    type(None): st.none(),
+}
+
+
+def keys_of(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple[str, st.SearchStrategy]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        elif name != "finetune":
+            yield prefix + name, NAMES if name == "name" else values_of(field.annotation)
+
+
+KEYS = dict(keys_of(Config))
+CHOSEN = st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=4, unique=True).flatmap(
+    lambda keys: st.fixed_dictionaries({key: KEYS[key] for key in keys})
+)
+
+
+@hypothesis.given(chosen=CHOSEN)
+@hypothesis.settings(deadline=None, max_examples=150)
+def test_any_configuration_reads_back_and_an_override_is_as_a_line_of_the_file(chosen: dict[str, Any]):
+    overrides = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+    nested: dict[str, Any] = {}
+    for key, value in chosen.items():
+        *sections, last = key.split(".")
+        section = nested
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = value
+    try:
+        config = parse_config(json.dumps(nested), "c")
+    except UserError:
+        with pytest.raises(UserError):
+            parse_config("", "c", overrides)
+        hypothesis.reject()  # and so that most are not of this kind
+    assert parse_config("", "c", overrides) == config
+    assert parse_config(config.to_yaml(), "again") == config
+
+
+@pytest.mark.parametrize("name", ["1e5", "1.5e3", "12E3"])
+def test_a_name_like_a_number_stays_a_name(name: str):
+    config = parse_config(f"name: '{name}'", "c")
+    assert parse_config(config.to_yaml(), "again").name == name
 
 
 def kinds(annotation: object) -> list[type[pydantic.BaseModel]]:

@@ -20,6 +20,7 @@ from gpt1_jax.config import (
     ModelConfig,
     NearDuplicates,
     OptimizerConfig,
+    SpikeConfig,
 )
 from gpt1_jax.config_file import load, load_config, parse, parse_config
 from gpt1_jax.evaluation.figures import Figures
@@ -93,7 +94,7 @@ TOY = "task: {form: chat, validation: {kind: toy_dialogue, split: validation}}"
 
 
 def test_every_key_of_fine_tuning_is_documented_once():
-    elsewhere = ("task", "mesh.", "logging.", "distributed.")
+    elsewhere = ("task", "mesh.", "logging.", "distributed.", "deadlines.")
     keys = [key for key in keys_of(FinetuneConfig) if not key.startswith(elsewhere)]
     assert sorted(key for key, _, _ in FINETUNE_KEYS) == sorted(f"`{key}`" for key in keys)
     for key, default, _ in FINETUNE_KEYS:
@@ -115,7 +116,7 @@ def test_every_form_and_every_table_is_documented_with_its_keys():
 
 
 @pytest.mark.parametrize(
-    "section", [Quality, NearDuplicates, Decontamination, LoraConfig], ids=lambda section: section.__name__
+    "section", [Quality, NearDuplicates, Decontamination, LoraConfig, SpikeConfig], ids=lambda section: section.__name__
 )
 def test_the_sections_that_may_be_left_out_are_documented_with_their_defaults(section: type[pydantic.BaseModel]):
     names = {
@@ -123,6 +124,7 @@ def test_the_sections_that_may_be_left_out_are_documented_with_their_defaults(se
         NearDuplicates: "near_duplicates",
         Decontamination: "decontaminate",
         LoraConfig: "lora",
+        SpikeConfig: "spikes",
     }
     name = names[section]
     documented = rows(f"key of `{name}`", "default", "meaning")

@@ -46,6 +46,12 @@ def test_an_attempt_without_a_checkpoint_binds_nothing(gpt1, config_file, monkey
     assert json.loads(gpt1("train", config_file, "--json")[1]) == shown
     assert state(config_file.parent) == before  # a finished run is shown, and nothing written
 
+    (run / "checkpoints" / "12" / "run" / "tokenizer.model").write_bytes(b"")
+    code, _, message = gpt1("train", config_file)
+    assert code == 0 and "checkpoints/12: the checkpoint is damaged:\n  run/tokenizer.model has 0 bytes" in message
+    assert json.loads((run / "evaluation.json").read_text(encoding="utf-8")) == final  # made again
+    assert (run / "checkpoints" / "12").is_dir() and (run / "checkpoints" / "damaged-12").is_dir()
+
     code, _, message = gpt1("train", config_file, "seed=1")
     assert code == 2 and "seed: 0 there, 1 now" in message
     run.rename(run.with_name("renamed"))

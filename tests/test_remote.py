@@ -30,7 +30,9 @@ from gpt1_jax.data import storage
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.integrity import Problem, verify_corpus
 from gpt1_jax.errors import DamagedError, StorageError, UserError
+from gpt1_jax.training import lock
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.checkpoint_folder import CheckpointFolder
 from gpt1_jax.training.metrics import METRICS
 from gpt1_jax.training.state import TrainState
 
@@ -109,6 +111,26 @@ def test_a_file_is_put_found_copied_and_replaced(bucket, tmp_path):
         assert storage.names_in(path.parent) == {"file.txt"}
     with pytest.raises(FileNotFoundError):
         storage.local_copy(bucket / "none")
+    assert storage.create_file(bucket / "new", b"first") and not storage.create_file(bucket / "new", b"second")
+    assert (bucket / "new").read_bytes() == b"first"
+
+
+def test_a_run_has_one_writer(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "_RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "_SILENT_SECONDS", 3.0)
+    first, lines = lock.Lock(bucket, print), []
+    monkeypatch.setattr(lock, "_machine", lambda: "another")
+    second = lock.Lock(bucket, lines.append)
+    first.take()
+    with pytest.raises(UserError, match=f"being written by process {os.getpid()} on"):
+        second.take()
+    first.release()
+    assert storage.names_in(bucket) == set()
+    storage.write_atomically(bucket / lock.LOCK, first._me.model_dump_json().encode())  # left behind
+    second.take()
+    assert lines[-1].endswith("which has not renewed lock.json for 3 seconds")
+    second.release()
+    assert storage.names_in(bucket) == set()
 
 
 def test_a_folder_is_renamed_on_s3(servers):
@@ -133,7 +155,7 @@ def test_training_into_a_missing_bucket_ends_before_the_first_step(bucket, corpu
     path = str(bucket).replace("bucket", "nowhere", 1)
     trained = gpt1("train", config_file, f"runs_dir={path}")
     assert (trained.code, trained.out) == (StorageError.exit_code, "")
-    assert trained.err.endswith(f"gpt1: {path}/run/config.yaml: there is no such bucket; make it, or write elsewhere\n")
+    assert trained.err.endswith(f"gpt1: {path}/run/lock.json: there is no such bucket; make it, or write elsewhere\n")
 
 
 def test_a_corpus_is_read_where_it_lies(bucket, corpus):
@@ -197,8 +219,18 @@ def test_checkpoints_are_whole_and_the_newest_ones_kept(bucket):
         checkpoints.wait()
     assert storage.names_in(bucket / "checkpoints") == {"3", "5", "7"}
     (bucket / "checkpoints/7/params/manifest.ocdbt").unlink()
-    with Checkpoints(bucket) as reader, pytest.raises(DamagedError, match="7: the checkpoint cannot be read"):
+    with (
+        Checkpoints(bucket) as reader,
+        pytest.raises(DamagedError, match=r"7: .*damaged:\n  params/manifest.ocdbt is m"),
+    ):
         reader.restore_params(7, abstract.params)
+    for config in (None, keep):
+        with Checkpoints(bucket, config) as checkpoints:
+            assert checkpoints.newest_sound() == 5
+    assert storage.names_in(bucket / "checkpoints") == {"3", "5", "damaged-7"}
+    assert storage.names_in(bucket / "checkpoints/damaged-7/run") == storage.names_in(bucket / "checkpoints/5/run")
+    states = [(each.name, each.state) for each in CheckpointFolder(bucket).listed()]
+    assert states == [("3", "complete"), ("5", "complete"), ("damaged-7", "damaged")]
 
 
 @pytest.fixture(scope="session")
@@ -343,6 +375,7 @@ def test_a_run_that_is_not_there_is_the_users_mistake(bucket, gpt1):
         ValueError("PERMISSION_DENIED: Forbidden [http_response_code='403']"),
         PermissionError(13, "Forbidden"),
         OSError(28, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),
     ],
 )
 def test_faults_of_storage_have_their_own_exit_code(gpt1, monkeypatch, error):
@@ -358,7 +391,13 @@ def test_faults_of_storage_have_their_own_exit_code(gpt1, monkeypatch, error):
 
 
 def test_other_errors_are_not_the_storages():
-    for error in (ValueError("x"), FileNotFoundError(2, "none"), ImportError("x"), UserError("UNAVAILABLE: x")):
+    for error in (
+        ValueError("x"),
+        ValueError("[os_error_code='2']"),
+        FileNotFoundError(2, "none"),
+        ImportError("x"),
+        UserError("UNAVAILABLE: x"),
+    ):
         assert storage.storage_fault(error) is None
         with pytest.raises(type(error)), storage.storage_errors("s3://bucket/run"):
             raise error

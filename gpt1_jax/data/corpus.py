@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ class Corpus:
 
     Args:
         folder: the corpus, local or in a bucket.
-        verify: compare every shard with its checksum before the first of its tokens is used.
+        verify: compare every file with its checksum before anything in it is used.
         readers: threads that read windows at once beside the caller's; 0: the caller reads one after another.
 
     Attributes:
@@ -116,9 +116,13 @@ class Corpus:
         file.read_into(offsets, 0)
         return offsets
 
+    @property
+    def sums(self) -> Mapping[str, FileSum] | None:
+        """What its files are compared with before they are used; None: they are trusted."""
+        return self.manifest.files if self._verify else None
+
     def _sum(self, file: str) -> FileSum | None:
-        """What a file is compared with; None: nothing."""
-        return self.manifest.files[file] if self._verify else None
+        return self.sums[file] if self.sums else None
 
 
 def find_corpus(fingerprint: str, config: Config, run: epath.Path) -> Corpus:

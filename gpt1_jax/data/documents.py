@@ -24,9 +24,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from gpt1_jax.data.collect import read_array
 from gpt1_jax.data.duplicates import Chunk, dropped_file
-from gpt1_jax.data.manifest import SPLITS, Split
-from gpt1_jax.data.storage import is_remote, local_copy, put_file
-from gpt1_jax.errors import DamagedError, StorageError, UserError
+from gpt1_jax.data.integrity import damage_of
+from gpt1_jax.data.manifest import SPLITS, FileSum, Split
+from gpt1_jax.data.storage import AnyPath, is_remote, local_copy, put_file
+from gpt1_jax.errors import DamagedError, GPT1Error, StorageError, UserError
 
 FOLDER = "documents"
 VERSION = "1.0.0"
@@ -205,13 +206,23 @@ def _plan(chunks: Sequence[tuple[Chunk, int, int]]) -> list[list[Span]]:
 class DocumentReader:
     """Random access to the documents of one split, in the order of its tokens."""
 
-    def __init__(self, corpus: str | os.PathLike[str], split: Split) -> None:
+    def __init__(self, corpus: str | os.PathLike[str], split: Split, sums: Mapping[str, FileSum] | None = None) -> None:
         """Opens the documents of a prepared corpus.
 
+        Args:
+            corpus: its folder.
+            split: of it.
+            sums: what each file of the corpus must be before it is used; None: they are trusted.
+
         Raises:
-            DamagedError: if they are missing or cannot be read.
+            DamagedError: if they are missing, altered, or cannot be read.
         """
         self._folder = epath.Path(corpus) / FOLDER
+        ours = {file: expected for file, expected in (sums or {}).items() if file.startswith(f"{FOLDER}/")}
+        self._sums = {os.path.basename(file): expected for file, expected in ours.items()}
+        for file in ours:
+            if file.endswith(".json"):  # what the files of documents are opened by
+                self._check(epath.Path(corpus) / file)
         with self._readable():
             (folder,) = _datasets(epath.Path(corpus))
             info: Any = tfds.builder_from_directory(folder).info  # its decorators hide the types of its methods
@@ -250,21 +261,31 @@ class DocumentReader:
         if file not in self._open:
             while len(self._open) >= _MOST_OPEN:  # each is an open file
                 self._open.pop(next(iter(self._open))).__exit__(None, None, None)
+            self._check(self._files[file])
             self._open[file] = ArrayRecordDataSource([os.fspath(local_copy(self._files[file]))])
         return self._open[file]
+
+    def _check(self, path: AnyPath) -> None:
+        expected = self._sums.get(os.path.basename(path))
+        if expected and (what := damage_of(path, expected)):
+            raise DamagedError(f"{path}: this file of the corpus {what}; run 'gpt1 prepare' again to rebuild it")
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
+        except GPT1Error:  # which says itself what it is
+            raise
         except Exception as error:  # the libraries raise many kinds
             raise DamagedError(
                 f"{self._folder}: the documents cannot be read: {error}; run 'gpt1 prepare' again to rebuild them"
             ) from None
 
 
-def read_documents(corpus: str | os.PathLike[str], split: Split) -> Iterator[tuple[str, str]]:
-    """Text and identity of every document of a split, in the order of its tokens.
+def read_documents(
+    corpus: str | os.PathLike[str], split: Split, sums: Mapping[str, FileSum] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Text and identity of every document of a split, in the order of its tokens; ``sums`` as of a reader.
 
     Raises:
         UserError: if there is no such split.
@@ -272,5 +293,5 @@ def read_documents(corpus: str | os.PathLike[str], split: Split) -> Iterator[tup
     """
     if split not in SPLITS:
         raise UserError(f"'{split}' is no split of a corpus; there are train and validation")
-    reader = DocumentReader(corpus, split)
+    reader = DocumentReader(corpus, split, sums)
     return reader.read(0, len(reader))

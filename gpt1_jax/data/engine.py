@@ -44,8 +44,8 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 class LocalEngine(Engine):
     """The processes of this machine."""
 
-    def __init__(self, workers: int | None) -> None:
-        self._pool = Pool(workers or available_cores())
+    def __init__(self, workers: int | None, seconds: float) -> None:
+        self._pool = Pool(workers or available_cores(), seconds)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.__exit__(kind, error, trace)

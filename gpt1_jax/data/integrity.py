@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """A file of a corpus, by its name in the manifest, and what is wrong with it."""
+    """A file of a corpus or a checkpoint, by its name in the manifest, and what is wrong with it."""
 
     file: str
     what: str

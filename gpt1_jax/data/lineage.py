@@ -73,7 +73,7 @@ class _Lineage:
         self._split: Split = split
         self._shards = corpus.manifest.shards_of(split)
         self._ends = np.cumsum([shard.tokens for shard in self._shards])
-        self._documents = DocumentReader(corpus.folder, split)
+        self._documents = DocumentReader(corpus.folder, split, corpus.sums)
         self._offsets = functools.cache(lambda shard: corpus.offsets(self._shards[shard]))  # int64, 8 bytes a document
 
     def parts(self, start: int, tokens: np.ndarray) -> Iterator[Part]:

@@ -19,6 +19,7 @@ from etils import epath
 
 from gpt1_jax.data.storage import AnyPath, storage_errors, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.outside import parse_json
 
 MANIFEST = "manifest.json"
 Split = Literal["train", "validation"]
@@ -94,9 +95,7 @@ class Manifest(_Record):
 
 def write_manifest(corpus: AnyPath, manifest: Manifest) -> None:
     """Writes the manifest, with its own checksum as the last key: from then on the corpus is complete."""
-    content = manifest.model_dump(mode="json")
-    sealed = {**content, "sha256": _canonical_sha256(content)}
-    write_atomically(epath.Path(corpus) / MANIFEST, json.dumps(sealed, indent=2).encode() + b"\n")
+    write_atomically(epath.Path(corpus) / MANIFEST, sealed(manifest.model_dump(mode="json")))
 
 
 def read_manifest(corpus: AnyPath) -> Manifest:
@@ -110,16 +109,33 @@ def read_manifest(corpus: AnyPath) -> Manifest:
     path = epath.Path(corpus) / MANIFEST
     try:
         with storage_errors(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.pop("sha256", None) != _canonical_sha256(content):
-            raise DamagedError(f"{path}: not as it was written: its checksum is another; run 'gpt1 prepare' again")
-        return Manifest.model_validate(content)
+            data = path.read_bytes()
+        return Manifest.model_validate(unsealed(data))
     except FileNotFoundError:
         raise UserError(
             f"{corpus}: no prepared corpus here ({MANIFEST} is missing); run 'gpt1 prepare' first"
         ) from None
     except ValueError as error:  # no JSON, no UTF-8, or other keys
-        raise DamagedError(f"{path}: not a manifest of a prepared corpus: {error}; run 'gpt1 prepare' again") from None
+        raise DamagedError(f"{path}: not as it was written: {error}; run 'gpt1 prepare' again") from None
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """An object as JSON, with its own checksum as the last key."""
+    return json.dumps({**content, "sha256": _canonical_sha256(content)}, indent=2).encode() + b"\n"
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The object that was sealed.
+
+    Raises:
+        ValueError: if a byte is not as it was written.
+    """
+    content = parse_json(data)
+    if isinstance(content, dict):
+        content.pop("sha256", None)
+        if sealed(content) == data:
+            return content
+    raise ValueError("its checksum is another")
 
 
 def sha256_of(path: AnyPath) -> str:

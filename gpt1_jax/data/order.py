@@ -90,6 +90,20 @@ def _mix(x: UInt64) -> UInt64:
     return x ^ (x >> np.uint64(31))
 
 
+def remaining(place: ArrayLike, left_out: Sequence[tuple[int, int]]) -> Int64:
+    """Global indices of examples by their places in the sequence that is left of all.
+
+    Args:
+        place: at least 0.
+        left_out: first example, and the one after the last, of each part that is left out, counted in the sequence that
+            the parts before it leave.
+    """
+    index = np.asarray(place, np.int64)
+    for first, stop in reversed(left_out):
+        index = np.where(index >= first, index + (stop - first), index)
+    return index
+
+
 class Mixture:
     """Which source each global example comes from, in exact proportions.
 

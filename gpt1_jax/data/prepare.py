@@ -53,6 +53,7 @@ from gpt1_jax.data.manifest import (
     write_manifest,
 )
 from gpt1_jax.data.storage import (
+    check_room,
     file_system,
     locked,
     make_folder,
@@ -123,13 +124,15 @@ def prepare(config: Config, progress: Progress = lambda stage, done, total: None
     Raises:
         UserError: if a source is not there, nothing is left of it, a split is empty, input is invalid and
             ``data.cleaning.on_invalid`` is error, or the tokenizer does not fit.
-        DamagedError: if a damaged file cannot be rebuilt as it was.
+        DamagedError: if the corpus that is found is another one, or a damaged file cannot be rebuilt as it was.
+        StalledError: if a worker process does not answer for ``deadlines.start`` seconds.
         StorageError: if the storage is full, read-only or cannot be reached.
     """
     plan = _plan(config)
     folder = plan.folder
     with storage_errors(folder.parent):
         if not check and (folder / MANIFEST).exists() and not (folder / _WORK).exists():
+            _read_own_manifest(plan, folder)
             return folder
         make_folder(folder.parent)
         lock = folder.parent / f".{folder.name}.lock"
@@ -191,7 +194,7 @@ def _settings(config: Config, sources: list[TextSource], given: Tokenizer | None
 
 def _engine(config: Config, folder: epath.Path) -> Engine:
     if config.data.engine == "local":
-        return LocalEngine(config.data.workers)
+        return LocalEngine(config.data.workers, config.deadlines.start)
     from gpt1_jax.data.beam import BeamEngine  # an extra
 
     return BeamEngine(config.data.beam_options, folder / _WORK / "errors")
@@ -221,6 +224,8 @@ def _run_stages(plan: _Plan, folder: epath.Path, work: epath.Path, engine: Engin
     done = work / "documents.done"  # TFDS renames their folder at the end, which in a bucket takes long
     if not done.exists():
         progress("writing documents", 0, None)
+        text = sum(map(sum, collected.bytes.values()))
+        check_room(folder, text, f"at least as much as the {text:,} bytes of text, as documents and as tokens")
         name = folder.name.rpartition("-")[0]
         kept = {split: collected.chunks_of(split) for split in SPLITS}
         write_documents(folder, name, kept, work / "text", engine.build)
@@ -231,7 +236,7 @@ def _run_stages(plan: _Plan, folder: epath.Path, work: epath.Path, engine: Engin
         sample = functools.partial(_sample, folder, sum(collected.bytes["train"]), data.tokenizer.sample_bytes)
         tokenizer = plan.tokenizer or train_tokenizer(sample(), plan.config.model.vocab_size)
         write_atomically(folder / TOKENIZER, tokenizer.to_bytes())
-    shards = _encode(collected, folder, work, data.shard_tokens, engine, progress)
+    shards = _encode(collected, folder, work, plan.config, engine, progress)
     for leftover in folder.glob("*.tmp"):  # of a killed process
         leftover.unlink()
     sums = _checksums(folder, shards, work, engine, progress)
@@ -261,15 +266,17 @@ def _collect(plan: _Plan, work: epath.Path, engine: Engine, progress: Progress) 
 
 
 def _encode(
-    collected: Collected, folder: epath.Path, work: epath.Path, shard_tokens: int, engine: Engine, progress: Progress
+    collected: Collected, folder: epath.Path, work: epath.Path, config: Config, engine: Engine, progress: Progress
 ) -> tuple[Shard, ...]:
     ranges = plan_ranges(collected.documents, collected.bytes)
     there = names_in(work)
     left = [documents for documents in ranges if f"{documents.name}.ends.npy" not in there]
     _run(engine, "encoding, in parts", functools.partial(encode_range, corpus=folder, work=work), left, progress)
-    plans = plan_shards(ranges, work, shard_tokens)
+    plans = plan_shards(ranges, work, config.data.shard_tokens)
     there = names_in(folder)
     unwritten = [plan for plan in plans if plan.shard.offsets_file not in there]
+    tokens = sum(plan.shard.tokens for plan in unwritten)
+    check_room(folder, tokens * token_dtype(config.model.vocab_size).itemsize, f"{tokens:,} tokens")
     _run(engine, "writing shards", functools.partial(write_shard, corpus=folder, work=work), unwritten, progress)
     return tuple(plan.shard for plan in plans)
 
@@ -299,10 +306,20 @@ def _note_checksum(name: str, folder: epath.Path, notes: epath.Path) -> None:
     write_atomically(_note(name, notes), file.model_dump_json().encode())
 
 
+def _read_own_manifest(plan: _Plan, folder: epath.Path) -> Manifest:
+    manifest, expected = read_manifest(folder), fingerprint_of(plan.settings)
+    if manifest.fingerprint != expected:
+        raise DamagedError(
+            f"{folder / MANIFEST}: of another corpus: its fingerprint is {manifest.fingerprint}, and not {expected}; "
+            "run 'gpt1 prepare' again to make the right one"
+        )
+    return manifest
+
+
 def _repair(plan: _Plan, folder: epath.Path, engine: Engine, progress: Progress) -> None:
     """Rebuilds what is damaged: shards from the documents; anything else, and all that follows from it, anew."""
     try:
-        manifest = read_manifest(folder)
+        manifest = _read_own_manifest(plan, folder)
     except DamagedError:
         _replace(plan, folder, None, engine, progress)
         return

@@ -54,7 +54,7 @@ def statistics(corpus: Corpus, top: int, on_document: Callable[[int], None] = la
         lengths.update(dict(enumerate(np.bincount(exponents).tolist())))
     origins: Counter[str] = Counter()
     for split in SPLITS:
-        for _, identity in read_documents(corpus.folder, split):
+        for _, identity in read_documents(corpus.folder, split, corpus.sums):
             origins[origin_of(identity)] += 1
             if not origins.total() % 10_000:
                 on_document(origins.total())

@@ -35,6 +35,8 @@ FAULTS = frozenset(
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google.a", "google.cloud", "requests", "s3fs")
 # How TensorStore, which raises nothing more specific than ValueError, says that a bucket does not answer or let it in.
 _OUT_OF_REACH = re.compile(r"\b(ABORTED|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE): ")
+# And what the operating system has answered it.
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 # Listings are not kept: TensorStore and other processes write behind fsspec's back.
 for _protocol in ("gcs", "gs", "s3"):
@@ -69,8 +71,51 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         return
     # A name of its own: on a shared disk two workers may write the same file, to the same bytes.
     temporary = Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_bytes(content)
-    put_file(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        put_file(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # a full disk has none
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def create_file(path: AnyPath, content: bytes) -> bool:
+    """Writes a file that is not there yet; of several who do so at once, one succeeds.
+
+    A bucket is asked to refuse a second one. Of those that know no such request, the last one's content stays.
+
+    Args:
+        path: of the file; its folder exists, or its bucket.
+        content: of the file; a reader may see it empty for a moment.
+
+    Returns:
+        Whether it was written: false if there is such a file.
+
+    Raises:
+        StorageError: if there is no such bucket.
+    """
+    if is_remote(path):
+        remote, name = file_system(path)
+        if remote.exists(name):
+            return False
+        try:
+            with _putting(path):
+                remote.pipe_file(name, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+    except OSError:
+        os.unlink(path)
+        raise
+    return True
 
 
 def put_file(local: Path, path: AnyPath) -> None:
@@ -94,6 +139,27 @@ def make_folder(path: AnyPath) -> None:
     """Makes a folder and those above it where need be; a bucket has none, and a missing bucket is not made."""
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
+
+
+def check_room(folder: AnyPath, needed: int, what: str) -> None:
+    """Checks that a folder's disk has room; a bucket has.
+
+    Args:
+        folder: it exists.
+        needed: bytes.
+        what: needs them, and what to do to need less, for the message.
+
+    Raises:
+        StorageError: with both figures, if there is less.
+    """
+    if is_remote(folder):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{os.fspath(folder)}: {free:,} bytes are free there, and {needed:,} are needed: {what}; make room or "
+            "write elsewhere, and run the same command again"
+        )
 
 
 def names_in(folder: AnyPath) -> set[str]:
@@ -148,7 +214,9 @@ def storage_fault(error: BaseException) -> GPT1Error | None:
     if isinstance(error, GPT1Error):  # which says itself what it is
         return None
     of_client = type(error).__module__.startswith(_CLIENTS) or _OUT_OF_REACH.search(str(error))
-    if of_client or (isinstance(error, OSError) and error.errno in FAULTS):
+    said = _SYSTEM_ERROR.search(str(error))
+    code = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if of_client or code in FAULTS:
         return StorageError(f"{error}; make room, get access or write elsewhere, and run the same command again")
     return None
 

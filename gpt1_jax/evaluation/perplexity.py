@@ -11,7 +11,7 @@ Shapes: B windows, T position.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -79,9 +79,11 @@ class Evaluator:
         mesh: the devices.
         separator_id: the token that comes before the first document, and ends each. A model trained on packed windows
             is evaluated on such: no document sees another, and positions count from its beginning.
+        between: called before every batch; what it raises ends the evaluation.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, separator_id: int):
+    def __init__(self, config: Config, mesh: Mesh, separator_id: int, between: Callable[[], None] = lambda: None):
+        self._between = between
         devices = axis_size(mesh, "batch")
         self._masked = config.model.objective == "masked"
         self._context_length = config.context_length
@@ -108,6 +110,7 @@ class Evaluator:
         sums: list[float] = []
         pending: tuple[list[Window], Array] | None = None
         for batch in self._batches(length):
+            self._between()
             # The next batch is given to the devices before the last one's result is waited for.
             with jax.set_mesh(self._mesh):
                 dispatched = batch, self._nats(params, self._read(stream, batch))

@@ -1,5 +1,6 @@
 """Fine-tuning from its beginning to its results: a run for each seed, and what all of them are worth together."""
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig
@@ -34,6 +36,7 @@ from gpt1_jax.text.conversation import chat_template
 from gpt1_jax.text.tokenizer import Tokenizer
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.hosts import Hosts
+from gpt1_jax.training.lock import sole_writer
 from gpt1_jax.training.loop import Lesson, learn
 from gpt1_jax.training.mesh import check_mesh, make_mesh
 from gpt1_jax.training.metrics import METRICS, read_records
@@ -95,7 +98,8 @@ def finetune(
         UserError: before anything is trained, if something of the configuration, the task or the base is amiss.
     """
     check_folder(config)
-    base, mesh = _open_base(config)
+    hosts.expect("finding the devices, and reading the base and the tables", config.deadlines.start)
+    base, mesh = _open_base(config, hosts)
     config = config.model_copy(update={"base_step": base.step})
     tokenizer = base.tokenizer.with_special_tokens(special_tokens(config.task))
     context_length = base.config.context_length
@@ -117,12 +121,13 @@ def finetune(
     for line in (*map(str, choices), *_counts(splits)):
         tell(line)
     text = _text(config, base, hosts, tell) if len(done) < len(configs) else None
-    job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
-    del base  # its weights are read again for each seed, and take no memory in between
-    results = [read_results(run.run_dir) if run in done else _run(job, run) for run in configs]
-    if len(results) > 1 and hosts.process == 0:
-        summary = {"task": config.name, "runs": results, "summary": summarize(results)}
-        write_atomically(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
+    with contextlib.nullcontext() if len(done) == len(configs) else sole_writer(config.run_dir, hosts, say):
+        job = _Job(config, str(base.path), base.corpus, tokenizer, mesh, splits, text, hosts, allow_changes)
+        del base  # its weights are read again for each seed, and take no memory in between
+        results = [read_results(run.run_dir) if run in done else _run(job, run) for run in configs]
+        if len(results) > 1 and hosts.process == 0:
+            summary = {"task": config.name, "runs": results, "summary": summarize(results)}
+            _write_changed(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
     return results
 
 
@@ -157,7 +162,7 @@ def compile_by_width(config: Config, optimizer: optax.GradientTransformation, me
     return step
 
 
-def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
+def _open_base(config: FinetuneConfig, hosts: Hosts) -> tuple[Run, Mesh]:
     if config.base is None:
         raise UserError(
             "base: not given: which run to begin with, such as base=runs/tiny; 'gpt1 train' and 'gpt1 import' make one"
@@ -166,7 +171,12 @@ def _open_base(config: FinetuneConfig) -> tuple[Run, Mesh]:
         raise UserError("task.train: not given: there is nothing to learn from; 'gpt1 evaluate --task' needs none")
     check_installed(config.task.metrics)
     mesh = make_mesh(config.mesh)
-    return open_run(config.base, mesh, config.base_step), mesh
+    return open_run(config.base, mesh, config.base_step, hosts), mesh
+
+
+def _write_changed(path: epath.Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def _counts(splits: Mapping[str, Split]) -> list[str]:
@@ -223,13 +233,15 @@ def _text(config: FinetuneConfig, base: Run, hosts: Hosts, say: Callable[[str], 
             say(f"perplexity before and after is not measured: {missing}; or set evaluation.texts")
             return None
         name, tokens = f"validation split of {corpus.folder}", corpus.tokens("validation")
-    evaluator = Evaluator(base.config, base.mesh, base.tokenizer.separator_id)
+    between = partial(hosts.between, "evaluating", config.deadlines.evaluation)
+    evaluator = Evaluator(base.config, base.mesh, base.tokenizer.separator_id, between)
     return _Text(name, tokens, evaluator(base.params, tokens, config.evaluation.max_tokens).perplexity)
 
 
 def _run(job: _Job, config: Config) -> Record:
     """Fine-tunes with one seed, chooses the best epoch, and measures it."""
-    validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh)
+    between = partial(job.hosts.between, "evaluating", config.deadlines.evaluation)
+    validation = Predictor(config, job.splits["validation"], job.tokenizer, job.mesh, between)
 
     def evaluate(params: Params) -> dict[str, float]:
         measured = validation.measured(validation.answers(params), resamples=0)
@@ -238,13 +250,16 @@ def _run(job: _Job, config: Config) -> Record:
 
     lesson = _lesson(job, config)
     learn(config, lesson, job.tokenizer, job.mesh, evaluate, job.allow_changes, job.hosts)
+    job.hosts.expect("measuring the best epoch", config.deadlines.evaluation)
     epochs = _epochs(job, config, evaluate)
     best = best_epoch(epochs, job.config.task.metrics[0])
-    run = open_run(config.run_dir, job.mesh, best["step"])
+    run = open_run(config.run_dir, job.mesh, best["step"], job.hosts)
     figures, files = {}, {}
     for name, split in job.splits.items():
         if name != "train":
-            predictor = validation if name == "validation" else Predictor(config, split, job.tokenizer, job.mesh)
+            predictor = (
+                validation if name == "validation" else Predictor(config, split, job.tokenizer, job.mesh, between)
+            )
             answers = predictor.answers(run.params)
             measured = predictor.measured(answers, config.finetune.evaluation.resamples if config.finetune else 0)
             figures[name] = {metric: found._asdict() for metric, found in measured.items()}
@@ -293,7 +308,7 @@ def _lesson(job: _Job, config: Config) -> Lesson:
         compile=lambda: compile_by_width(config, optimizer, job.mesh),
         tokens=order.tokens,
         flops_per_token=flops_per_token(config.model, int(train.lengths_N.mean())),
-        params=lambda: first_params(config, open_run(job.base, job.mesh, job.config.base_step)),
+        params=lambda: first_params(config, open_run(job.base, job.mesh, job.config.base_step, job.hosts)),
         chat_template=chat_template(job.tokenizer) if isinstance(job.config.task, Chat) else None,
     )
 
@@ -312,8 +327,12 @@ def _epochs(job: _Job, config: Config, evaluate: Callable[[Params], dict[str, fl
         return [figures.get(step) for step in steps]
 
     known = job.hosts.first(logged)  # all hosts measure the same epochs, for they do it together
+
+    def measured(step: int) -> dict[str, float]:
+        return evaluate(open_run(config.run_dir, job.mesh, step, job.hosts).params)
+
     return [
-        {"epoch": number, "step": step, **(figures or evaluate(open_run(config.run_dir, job.mesh, step).params))}
+        {"epoch": number, "step": step, **(figures or measured(step))}
         for number, (step, figures) in enumerate(zip(steps, known, strict=True), 1)
     ]
 
@@ -334,6 +353,7 @@ def _lines(answers: Answers) -> bytes:
 def _perplexity(job: _Job, config: Config, run: Run) -> Record | None:
     if job.text is None:
         return None
-    evaluator = Evaluator(config, job.mesh, job.tokenizer.separator_id)
+    between = partial(job.hosts.between, "evaluating", config.deadlines.evaluation)
+    evaluator = Evaluator(config, job.mesh, job.tokenizer.separator_id, between)
     score = evaluator(run.params, job.text.tokens, job.config.evaluation.max_tokens)
     return {"of": job.text.name, "tokens": score.tokens, "before": job.text.before, "after": score.perplexity}

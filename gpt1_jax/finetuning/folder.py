@@ -32,10 +32,11 @@ def check_epochs(config: Config) -> None:
         UserError: if its epochs were others, or it had none.
     """
     with Checkpoints(config.run_dir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
+        newest = checkpoints.newest_files()
+        if newest is None:
             return
-        made_by = parse_config(checkpoints.read_files(step).config, str(checkpoints.path(step)))
+        step, files = newest
+        made_by = parse_config(files.config, str(checkpoints.path(step)))
     if made_by.finetune is None:
         raise UserError(f"{config.run_dir}: holds a run that was not fine-tuned; start another with name=NEW")
     there, now = ((c.checkpoint.every, c.train.batch_size) for c in (made_by, config))

@@ -1,6 +1,6 @@
 """What a fine-tuned model answers to every example of a split, and how good that is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,14 @@ class Predictor:
         split: of its task.
         tokenizer: of the run.
         mesh: the devices.
+        between: called before every batch; what it raises ends the work.
     """
 
-    def __init__(self, config: Config, split: Split, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(
+        self, config: Config, split: Split, tokenizer: Tokenizer, mesh: Mesh, between: Callable[[], None] = lambda: None
+    ):
         assert config.finetune is not None
+        self._between = between
         self._config, self._task, self._split = config, config.finetune.task, split
         self._tokenizer, self._mesh = tokenizer, mesh
         self._scores = jax.jit(lambda params, batch: task_scores(config, params, batch), out_shardings=replicated(mesh))
@@ -178,6 +182,7 @@ class Predictor:
         order = np.argsort(dataset.lengths_N, kind="stable")
         found = []
         for start in range(0, len(order), size):
+            self._between()
             numbers = order[start : start + size]
             width = width_for(int(dataset.lengths_N[numbers].max()), self._config.context_length, multiple)
             padded = np.append(numbers, np.full(size - len(numbers), -1))
@@ -200,6 +205,7 @@ class Predictor:
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
         found: dict[int, str] = {}
         for start in range(0, len(order), config.evaluation.batch_size):
+            self._between()
             numbers = order[start : start + config.evaluation.batch_size].tolist()
             some = [prompts[number] for number in numbers]
             if isinstance(task, TextToText) and task.beams > 1:

@@ -25,7 +25,15 @@ _OF_THE_MODEL = (
     "scan_layers",
     "remat",
 )
-_OF_THE_TRAINING = ("batch_size", "accumulation", "log_every", "gradient_dtype", "compilation_cache")
+_OF_THE_TRAINING = (
+    "batch_size",
+    "accumulation",
+    "log_every",
+    "gradient_dtype",
+    "compilation_cache",
+    "max_skipped_steps",
+    "double_check_every",
+)
 
 
 def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps_per_epoch: int, seed: int) -> Config:
@@ -91,6 +99,7 @@ def run_config(config: FinetuneConfig, base: Config, tokenizer: Tokenizer, steps
             update={"every": steps_per_epoch, "batch_size": config.evaluation.batch_size}
         ),
         logging=config.logging,
+        deadlines=config.deadlines,
         finetune=config.model_copy(update={"seeds": (seed,)}),
     )
     return parse_config(found.to_yaml(), f"the configuration of {found.run_dir}")  # what was copied is checked too

@@ -28,12 +28,12 @@ class Prompt(NamedTuple):
 
 def turns_texts(config: Config) -> bool:
     """Whether the run was trained to turn a text into another, rather than to go on."""
-    return config.finetune is not None and isinstance(config.finetune.task, TextToText)
+    return isinstance(config.task, TextToText)
 
 
 def new_tokens(config: Config) -> int:
     """How many new tokens to ask for, at most, if nobody says."""
-    task = config.finetune.task if config.finetune else None
+    task = config.task
     if isinstance(task, TextToText):
         return task.target_tokens
     return task.answer_tokens if isinstance(task, Chat) else _TOKENS
@@ -41,7 +41,7 @@ def new_tokens(config: Config) -> int:
 
 def beams_of(config: Config) -> tuple[int | None, float | None]:
     """The beams that a run's task asks for, and their length penalty; None: it draws, or is greedy."""
-    task = config.finetune.task if config.finetune else None
+    task = config.task
     return (task.beams, task.length_penalty) if isinstance(task, TextToText) and task.beams > 1 else (None, None)
 
 
@@ -66,9 +66,9 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, text: str, max_tokens: int)
         UserError: if they leave no room, or the model is a masked one.
     """
     room, ids = prompt_room(config, max_tokens), tokenizer.encode(text)
-    if config.finetune is None or not isinstance(config.finetune.task, TextToText):
+    if not isinstance(config.task, TextToText):
         return Prompt(ids[-room:], max(0, len(ids) - room))
-    room = min(room - 2, source_room(config.finetune.task, config.context_length))
+    room = min(room - 2, source_room(config.task, config.context_length))
     if room < 1:
         raise UserError(f"{max_tokens} tokens to generate leave no room for a source; ask for fewer")
     start, delimiter = (np.array([tokenizer.special_id(name)], np.int32) for name in (START, DELIMITER))

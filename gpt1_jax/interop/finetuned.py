@@ -9,9 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from gpt1_jax.config import Config
 from gpt1_jax.model.lora import merged
-from gpt1_jax.task_config import Chat, LabelledTask, LearnableTask, MultipleChoice, Task, TextToText
+from gpt1_jax.task_config import Chat, LabelledTask, MultipleChoice, Task, TextToText
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.special_tokens import CLASSIFY, DELIMITER, START
 from gpt1_jax.text.tokenizer import Tokenizer
@@ -34,11 +33,6 @@ INPUTS = {
 }
 
 
-def task_of(config: Config) -> LearnableTask | None:
-    """What a run was fine-tuned on; None: it was not."""
-    return config.finetune.task if config.finetune else None
-
-
 def labels_of(task: Task | None) -> tuple[str, ...]:
     """The classes of a classifier's outputs, in their order; none where they are something else."""
     return task.labels if isinstance(task, LabelledTask) else ()
@@ -57,12 +51,12 @@ def architecture(run: Run) -> str:
     """The public class."""
     if not run.config.model.num_classes:
         return LANGUAGE_MODEL
-    return DOUBLE_HEADS if isinstance(task_of(run.config), MultipleChoice) else CLASSIFIER
+    return DOUBLE_HEADS if isinstance(run.config.task, MultipleChoice) else CLASSIFIER
 
 
 def head_config(run: Run) -> dict[str, Any]:
     """What config.json says of the head."""
-    task = task_of(run.config)
+    task = run.config.task
     if isinstance(task, MultipleChoice):
         return {
             "num_labels": 1,

@@ -17,7 +17,6 @@ from gpt1_jax.interop.finetuned import (
     head_config,
     head_tensors,
     merged_run,
-    task_of,
     with_input_form,
 )
 from gpt1_jax.interop.layout import PREFIX, inexpressible, public_shapes, public_tensors
@@ -51,7 +50,7 @@ def export_huggingface(run: Run, out: Path, figures: Mapping[str, Any], max_shar
         UserError: if the folder is not empty, or the public class cannot be this model; before anything is written.
     """
     check_expressible(run)
-    run, task = merged_run(run), task_of(run.config)
+    run, task = merged_run(run), run.config.task
     tokenizer_json = fast_tokenizer_json(run.tokenizer)
     if task:
         tokenizer_json = with_input_form(tokenizer_json, task, run.tokenizer)

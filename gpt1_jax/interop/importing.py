@@ -12,24 +12,25 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-import yaml
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt1_jax.config import CheckpointConfig, Config, EvaluationConfig, ModelConfig
+from gpt1_jax.config import CheckpointConfig, Config, EvaluationConfig, ModelConfig, as_yaml
 from gpt1_jax.config_file import parse_config
 from gpt1_jax.data.storage import AnyPath, is_remote, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.interop.finetuned import HEADS
 from gpt1_jax.interop.layout import POSITIONS, PREFIX, TOKENS, inexpressible, params_from, public_shapes
 from gpt1_jax.interop.original import is_original, read_original
-from gpt1_jax.interop.original_tokenizer import original_tokenizer
+from gpt1_jax.interop.original_tokenizer import read_original_tokenizer
 from gpt1_jax.interop.safetensors_files import Weights
 from gpt1_jax.interop.staging import check_new, in_bucket, staged
 from gpt1_jax.model.layers import NORM_EPSILON
+from gpt1_jax.outside import parse_json, read_bounded
 from gpt1_jax.text.conversation import chat_template, has_chat_tokens
-from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
-from gpt1_jax.training.checkpoint import CHAT_TEMPLATE, Checkpoints, RunFiles
+from gpt1_jax.text.tokenizer import MOST_BYTES, Tokenizer, read_tokenizer
+from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
+from gpt1_jax.training.checkpoint_orbax import CHAT_TEMPLATE
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.run import CONFIG
 
@@ -47,6 +48,8 @@ _TANH_GELU = ("gelu", "gelu_new")
 # Buffers that old versions of the public library stored.
 _BUFFER = re.compile(r"h\.\d+\.attn\.bias|position_ids")
 _HEAD = "lm_head.weight"
+_MOST_JSON = 10_000_000  # bytes of config.json
+_MOST_PROBLEMS = 100  # told at once
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,13 @@ def import_run(
         say(f"{folder}: its chat template is left out: conversations have another form here (docs/finetuning.md)")
         template = None
     params = params_from(lambda name: source.read(stored[name]), config.model)
-    with in_bucket(run_dir) if is_remote(run_dir) else staged(Path(run_dir)) as made:
+    with in_bucket(run_dir, say) if is_remote(run_dir) else staged(Path(run_dir)) as made:
         files = RunFiles(
             config.to_yaml(), source.tokenizer.to_bytes(), examples=0, data=None, corpus=None, chat_template=template
         )
         with Checkpoints(made, CheckpointConfig()) as checkpoints:
             checkpoints.save_imported(params, files)
-            checkpoints.wait()
+            checkpoints.confirm(0)
         write_atomically(made / TOKENIZER, files.tokenizer)
         write_atomically(made / CONFIG, files.config.encode())
     return config
@@ -134,7 +137,7 @@ def _appended(tokenizer: Tokenizer) -> int:
 
 def _read_public(folder: Path) -> _Source:
     path = folder / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(
             f"{folder}: no model here: neither config.json, as transformers writes it, nor params_shapes.json, as in "
             "the authors' release"
@@ -212,10 +215,10 @@ def _public_tokenizer(folder: Path, public: Mapping[str, Any]) -> tuple[Tokenize
     """The tokenizer of the folder, ours if it has one, and where its forms disagree."""
     own, fast = folder / TOKENIZER, folder / "tokenizer.json"
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if own.exists():
+    if own.is_file():
         tokenizer = read_tokenizer(own)
         problems = []
-        if fast.exists() and (size := _fast_size(fast)) != tokenizer.vocab_size:
+        if fast.is_file() and (size := _fast_size(fast)) != tokenizer.vocab_size:
             problems.append(f"{own.name} has {tokenizer.vocab_size} tokens, but {fast.name} has {size}")
         expected = _own(public).get("tokenizer_fingerprint", tokenizer.fingerprint)
         if expected != tokenizer.fingerprint:
@@ -224,10 +227,10 @@ def _public_tokenizer(folder: Path, public: Mapping[str, Any]) -> tuple[Tokenize
                 f"with {expected}"
             )
         return tokenizer, problems
-    if vocabulary.exists() and merges.exists():
-        return original_tokenizer(vocabulary.read_bytes(), merges.read_bytes()), []
-    if fast.exists():
-        return load_tokenizer(fast.read_bytes(), str(fast)), []
+    if vocabulary.is_file() and merges.is_file():
+        return read_original_tokenizer(vocabulary, merges), []
+    if fast.is_file():
+        return read_tokenizer(fast), []
     raise UserError(
         f"{folder}: no tokenizer here; expected {own.name}, {vocabulary.name} with {merges.name}, or {fast.name}"
     )
@@ -244,7 +247,7 @@ def _chat_template(folder: Path) -> str | None:
 
 def _fast_size(path: Path) -> int:
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes()).get_vocab_size()
+        return tokenizers.Tokenizer.from_buffer(read_bounded(path, MOST_BYTES)).get_vocab_size()
     except Exception as error:  # of any type: the library raises bare ones
         raise DamagedError(f"{path}: not a tokenizer of the tokenizers library: {error}; fetch it again") from None
 
@@ -264,7 +267,7 @@ def _run_config(values: Mapping[str, Any], folder: Path, run_dir: epath.Path, ov
     context = values.get("train.context_length", values["model.context_length"])
     sample_tokens = max(1, min(EvaluationConfig().sample_tokens, context // 2))
     start = {**values, **fixed, "evaluation.sample_tokens": sample_tokens}
-    config = parse_config(yaml.safe_dump(unflatten_dict(start, sep=".")), str(run_dir / CONFIG), overrides)
+    config = parse_config(as_yaml(unflatten_dict(start, sep=".")), str(run_dir / CONFIG), overrides)
     found = flatten_dict(config.model_dump(mode="json"), sep=".")
     problems = [
         f"{key}={json.dumps(found[key])}: it is {json.dumps(value)}, by the imported model or the run's path"
@@ -337,8 +340,8 @@ def _own(public: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+        value = parse_json(read_bounded(path, _MOST_JSON))
+    except ValueError as error:  # not JSON, not UTF-8, or too long
         raise DamagedError(f"{path}: not JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: expected a JSON object; fetch it again")
@@ -347,7 +350,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse(folder: Path, problems: Sequence[str]) -> None:
     if problems:
-        raise UserError("\n".join([f"{folder}: cannot be imported:", *(f"  {problem}" for problem in problems)]))
+        shown = [f"  {problem}" for problem in problems[:_MOST_PROBLEMS]]
+        if left := len(problems) - len(shown):
+            shown.append(f"  and {left:,} more")
+        raise UserError("\n".join([f"{folder}: cannot be imported:", *shown]))
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -7,23 +7,24 @@ tensor ends. No tensor has a name there: its place in the list says what it is.
 Reference: openai/finetune-transformer-lm, train.py (the order), text_utils.py (the tokenizer).
 """
 
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt1_jax.config import ModelConfig
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.interop.layout import POSITIONS, PREFIX, TOKENS, public_shapes
-from gpt1_jax.interop.original_tokenizer import original_tokenizer
+from gpt1_jax.interop.original_tokenizer import read_original_tokenizer
+from gpt1_jax.outside import parse_json, read_bounded
 from gpt1_jax.text.tokenizer import Tokenizer
 
 SHAPES = "params_shapes.json"
 ENCODER = "encoder_bpe_40000.json"
 MERGES = "vocab_40000.bpe"
 _PER_LAYER = 12
+_MOST_SHAPES = 1_000_000  # bytes of the list
 
 
 def is_original(folder: Path) -> bool:
@@ -60,7 +61,7 @@ def read_original(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
         name: flat.reshape(shape[1:] if len(shape) == 3 else shape)
         for (name, shape), flat in zip(shapes.items(), np.split(numbers, ends[:-1]), strict=True)
     }
-    tokenizer = original_tokenizer((folder / ENCODER).read_bytes(), (folder / MERGES).read_bytes())
+    tokenizer = read_original_tokenizer(folder / ENCODER, folder / MERGES)
     rows = len(tensors["transformer.tokens_embed.weight"])
     if tokenizer.vocab_size != rows:
         raise DamagedError(
@@ -98,8 +99,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _parsed_shapes(path: Path) -> list[tuple[int, ...]]:
     try:
-        found: Any = json.loads(path.read_bytes())
-    except ValueError as error:  # of the encoding, too
+        found: Any = parse_json(read_bounded(path, _MOST_SHAPES))
+    except ValueError as error:  # of the encoding or the length, too
         raise DamagedError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, list) or not all(
         isinstance(shape, list) and shape and all(type(size) is int and 0 < size < 2**31 for size in shape)
@@ -123,28 +124,36 @@ def _expected(found: list[tuple[int, ...]], layers: int) -> dict[str, tuple[int,
 
 def _numbers(folder: Path, pieces: list[Path], total: int) -> np.ndarray:
     """All numbers of the pieces; nothing is allocated before the sizes of the files agree with it."""
-    counts = [_count(piece) for piece in pieces]
-    if sum(counts) != total:
+    rows = [_row(piece) for piece in pieces]
+    if (held := sum(row.count for row in rows)) != total:
         raise DamagedError(
-            f"{folder}: {pieces[0].name} to {pieces[-1].name} hold {sum(counts):,} numbers, the shapes in {SHAPES} "
+            f"{folder}: {pieces[0].name} to {pieces[-1].name} hold {held:,} numbers, the shapes in {SHAPES} "
             f"need {total:,}; the release has params_0.npy to params_9.npy"
         )
     numbers = np.empty(total, np.float32)
     done = 0
-    for piece, count in zip(pieces, counts, strict=True):
-        numbers[done : done + count] = np.load(piece, allow_pickle=False)
-        done += count
+    for piece, row in zip(pieces, rows, strict=True):
+        numbers[done : done + row.count] = np.fromfile(piece, row.dtype, row.count, offset=row.offset)
+        done += row.count
     return numbers
 
 
-def _count(piece: Path) -> int:
-    """How many numbers a file holds, by its header, which is checked against the size of the file."""
+class _Row(NamedTuple):
+    """Where the numbers of a file are, and of which byte order."""
+
+    offset: int
+    count: int
+    dtype: np.dtype
+
+
+def _row(piece: Path) -> _Row:
+    """What a file holds, by its header, which is checked against the size of the file."""
     with open(piece, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # a header is a Python literal, and what parses it raises many kinds
             raise DamagedError(f"{piece}: not a NumPy file: {error}") from None
         header = file.tell()
     if dtype.kind != "f" or dtype.itemsize != 4 or len(shape) != 1:
@@ -152,4 +161,4 @@ def _count(piece: Path) -> int:
     expected, size = header + shape[0] * dtype.itemsize, piece.stat().st_size
     if size != expected:
         raise DamagedError(f"{piece}: expected {expected:,} bytes for {shape[0]:,} numbers, found {size:,}")
-    return shape[0]
+    return _Row(header, shape[0], dtype)

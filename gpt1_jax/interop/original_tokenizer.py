@@ -17,14 +17,16 @@ sample of this project's embedded corpus, documentation in English.
 Reference: openai/finetune-transformer-lm, text_utils.py; spaCy, lang/en and lang/punctuation.py.
 """
 
-import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from gpt1_jax.errors import UserError
+from gpt1_jax.outside import parse_json, read_bounded
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
+from gpt1_jax.text.tokenizer import MOST_BYTES
 
 _UNKNOWN = "<unk>"
 _WORD_END = "</w>"
@@ -64,6 +66,15 @@ _BARE = {
 }
 
 
+def read_original_tokenizer(encoder: Path, merges: Path) -> FastTokenizer:
+    """As :func:`original_tokenizer`, from the files."""
+    try:
+        contents = [read_bounded(path, MOST_BYTES) for path in (encoder, merges)]
+    except ValueError as error:
+        raise UserError(f"{encoder.parent}: no tokenizer in {encoder.name} and {merges.name}: {error}") from None
+    return original_tokenizer(*contents)
+
+
 def original_tokenizer(encoder_json: bytes, merges: bytes) -> FastTokenizer:
     """The authors' tokenizer from their two files.
 
@@ -82,7 +93,12 @@ def original_tokenizer(encoder_json: bytes, merges: bytes) -> FastTokenizer:
             f"the merges are not those of this vocabulary: {lost[0][0]!r} + {lost[0][1]!r}, and {len(lost) - 1:,} "
             "others, have a part or a union that is no token; give the two files of one release"
         )
-    model = models.BPE(vocab=vocabulary, merges=pairs, unk_token=_UNKNOWN, end_of_word_suffix=_WORD_END, fuse_unk=False)
+    try:
+        model = models.BPE(
+            vocab=vocabulary, merges=pairs, unk_token=_UNKNOWN, end_of_word_suffix=_WORD_END, fuse_unk=False
+        )
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"the tokenizers library cannot use this vocabulary and its merges: {error}") from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([*_cleaning(), *_word_breaks(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" +"), "removed")
@@ -94,10 +110,11 @@ def original_tokenizer(encoder_json: bytes, merges: bytes) -> FastTokenizer:
 
 def _vocabulary(content: bytes) -> dict[str, int]:
     try:
-        vocabulary = json.loads(content)
+        vocabulary = parse_json(content)
     except ValueError as error:  # of the encoding, too
         raise UserError(f"the vocabulary (encoder_bpe_40000.json or vocab.json) is not JSON: {error}") from None
-    if not isinstance(vocabulary, dict) or {*map(str, vocabulary.values())} != {*map(str, range(len(vocabulary)))}:
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
+    if not all(type(number) is int for number in numbers) or {*numbers} != {*range(len(numbers))}:
         raise UserError(
             "the vocabulary (encoder_bpe_40000.json or vocab.json) must be one JSON object that gives each token its "
             "own id, from 0 on without a gap"

@@ -1,6 +1,7 @@
 """Safetensors files: written shard by shard, opened without reading the tensors."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -10,9 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.outside import parse_json, read_bounded
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
+_SHARD = re.compile(r"[\w.-]+\.safetensors")  # never a path that leaves the folder
+_MOST_INDEX = 10_000_000  # bytes
 
 
 def write_weights(
@@ -58,6 +62,9 @@ def write_weights(
 class Weights:
     """The tensors of a model's safetensors files, by name; opening reads the headers alone.
 
+    The library checks a header before anything is allocated for what it says: no longer than the file, nor than
+    100 MB, known types, sizes that agree with the shapes, and tensors that lie one behind another to the file's end.
+
     Args:
         folder: that holds ``model.safetensors``, or shards and their index.
 
@@ -71,14 +78,14 @@ class Weights:
         self.dtypes: dict[str, str] = {}
         self.paths: dict[str, Path] = {}
         for path in _files(folder):
+            if not path.is_file():
+                raise DamagedError(f"{path}: this file, which {INDEX} names, is missing; fetch it again")
             try:
                 with safe_open(path, "numpy") as file:
                     for name in file.keys():
                         part = file.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
                         self.paths[name] = path
-            except FileNotFoundError:
-                raise DamagedError(f"{path}: this file, which {INDEX} names, is missing; fetch it again") from None
             except SafetensorError as error:
                 raise _damaged(path, error) from None
 
@@ -100,14 +107,15 @@ class Weights:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / MODEL).exists():
+    if (folder / MODEL).is_file():
         return [folder / MODEL]
     index = folder / INDEX
-    if index.exists():
+    if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError(f"it names {names}")
+            content = parse_json(read_bounded(index, _MOST_INDEX))
+            names = sorted(set(content["weight_map"].values()))
+            if not names or not all(map(_SHARD.fullmatch, names)):
+                raise ValueError(f"it names {names[:3]}, which are not all {_SHARD.pattern}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{index}: not an index of shards: {error}; fetch it again") from None
         return [folder / name for name in names]

@@ -20,7 +20,7 @@ from jax import export
 from jaxtyping import Array, Bool
 
 from gpt1_jax.config import ModelConfig
-from gpt1_jax.interop.finetuned import INPUTS, labels_of, merged_run, task_of
+from gpt1_jax.interop.finetuned import INPUTS, labels_of, merged_run
 from gpt1_jax.interop.staging import staged
 from gpt1_jax.model.attention import KVCache, cache_mask
 from gpt1_jax.model.transformer import Params, bind
@@ -146,7 +146,7 @@ def _classify(run: Run, config: ModelConfig) -> _Function:
 
 def _answers(run: Run) -> str:
     """What the classifier's outputs are."""
-    task = task_of(run.config)
+    task = run.config.task
     assert task is not None
     if isinstance(task, MultipleChoice):
         return "the score of one answer"
@@ -206,7 +206,7 @@ def _manifest(run: Run, config: ModelConfig, functions: Mapping[str, _Function])
         "context_length": config.context_length,
         "separator_id": run.tokenizer.separator_id,
         "special_tokens": {name: run.tokenizer.special_id(name) for name in run.tokenizer.special_tokens},
-        "labels": list(labels_of(task_of(run.config))),
+        "labels": list(labels_of(run.config.task)),
         "tokenizer_fingerprint": run.tokenizer.fingerprint,
         "functions": {
             name: {"file": _file(name), "does": f.does, "arguments": arguments(f), "results": results(f)}

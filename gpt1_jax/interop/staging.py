@@ -3,13 +3,15 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
 
 from gpt1_jax.data.storage import locked
 from gpt1_jax.errors import UserError
+from gpt1_jax.training.hosts import Hosts
+from gpt1_jax.training.lock import sole_writer
 
 
 def check_new(folder: Path | epath.Path) -> None:
@@ -44,26 +46,28 @@ def staged(folder: Path) -> Iterator[Path]:
             yield hidden
             for path in hidden.rglob("*"):
                 _flush(path)  # or a machine that fails could leave empty files under the final name
+            check_new(folder)
             hidden.rename(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def in_bucket(folder: epath.Path) -> Iterator[epath.Path]:
+def in_bucket(folder: epath.Path, say: Callable[[str], None]) -> Iterator[epath.Path]:
     """Gives a folder itself, since a bucket's cannot be renamed; if something goes wrong, it is emptied.
 
     What makes it complete for a reader is to be written into it last.
 
     Raises:
-        UserError: if something is in it already.
+        UserError: if something is in it already, or another process is making it.
     """
     check_new(folder)
-    try:
-        yield folder
-    except BaseException:
-        folder.rmtree(missing_ok=True)
-        raise
+    with sole_writer(folder, Hosts(), say):
+        try:
+            yield folder
+        except BaseException:
+            folder.rmtree(missing_ok=True)
+            raise
 
 
 def _flush(path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpt1_jax.interop.finetuned import CLASSIFIER, DOUBLE_HEADS, INPUTS, architecture, labels_of, task_of
+from gpt1_jax.interop.finetuned import CLASSIFIER, DOUBLE_HEADS, INPUTS, architecture, labels_of
 from gpt1_jax.interop.model_card import corpus, facts_of_model, rows
 from gpt1_jax.task_config import Chat, Classification, LearnableTask, MultipleChoice, Similarity, TextToText
 from gpt1_jax.text.special_tokens import CLASSIFY
@@ -20,7 +20,7 @@ def task_card(run: Run, results: Mapping[str, Any], name: str) -> str:
         results: what results.json holds; may be empty.
         name: of the exported folder.
     """
-    task, finetune = task_of(run.config), run.config.finetune
+    task, finetune = run.config.task, run.config.finetune
     assert task is not None and finetune is not None
     return f"""---
 library_name: transformers

@@ -1,6 +1,5 @@
 """What a run left on disk, read for its report."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from etils import epath
 from gpt1_jax.config import Config
 from gpt1_jax.config_file import load_config
 from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.outside import parse_json
 from gpt1_jax.training.metrics import METRICS, Record, read_records
 from gpt1_jax.training.run import CONFIG, read_results
 
@@ -93,7 +93,7 @@ def read_final(folder: epath.Path) -> Record:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise DamagedError(
             f"{path}: not the figures of an evaluation: {error}; delete it and run 'gpt1 train' again"

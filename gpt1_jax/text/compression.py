@@ -12,6 +12,7 @@ SUFFIXES = (".gz", ".zst", ".xz")
 # What reading a damaged stream may raise.
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _BLOCK = 1 << 16  # bytes
+_INPUT = 1 << 11  # bytes decompressed at once: made to, they give 64 MB
 
 
 def decompressed(file: BinaryIO, name: str) -> BinaryIO:
@@ -40,7 +41,7 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fills ``buffer`` as far as one block of input goes; 0 at the end."""
         while not self._pending:
-            block = self._unused or self._file.read(_BLOCK)
+            block = self._unused or self._file.read(_INPUT)
             self._unused = b""
             if not block:
                 if self._frame is not None:

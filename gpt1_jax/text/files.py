@@ -3,6 +3,7 @@
 Memory is bounded by ``data.cleaning.max_chars``, not by the size of a file.
 """
 
+import errno
 import glob
 import gzip
 import hashlib
@@ -211,8 +212,14 @@ def seekable(file: BinaryIO, path: str) -> BinaryIO:
     if _plain(path) == path:
         return file
     copy = tempfile.TemporaryFile()
-    shutil.copyfileobj(file, copy, 1 << 20)
-    copy.seek(0)
+    try:
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.seek(0)
+    except BaseException as error:
+        copy.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{path}: no room for it, decompressed, in {tempfile.gettempdir()}: {error}") from None
+        raise
     return cast(BinaryIO, copy)
 
 

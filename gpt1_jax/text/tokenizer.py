@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from etils import epath
 
 from gpt1_jax.errors import UserError
+from gpt1_jax.outside import read_bounded
 from gpt1_jax.text.fast_tokenizer import FastTokenizer
 from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
+
+MOST_BYTES = 200_000_000  # of a tokenizer's file
 
 
 @runtime_checkable
@@ -119,7 +121,9 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         UserError: if the file cannot be read, or holds no sound tokenizer.
     """
     try:
-        content = epath.Path(path).read_bytes()
+        content = read_bounded(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: this tokenizer cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: this is no tokenizer: {error}") from None
     return load_tokenizer(content, str(path))

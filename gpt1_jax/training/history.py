@@ -5,12 +5,15 @@ for every step which examples it has read.
 """
 
 import json
+from collections.abc import Sequence
 
+import numpy as np
 import pydantic
 from etils import epath
 
 from gpt1_jax.config import Config
 from gpt1_jax.data.corpus import Corpus
+from gpt1_jax.data.order import remaining
 from gpt1_jax.data.storage import write_atomically
 from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.errors import DamagedError, UserError
@@ -23,13 +26,14 @@ class DataOrder(pydantic.BaseModel):
     """All that the examples of the steps after ``step`` depend on.
 
     Attributes:
-        step: updates made before.
+        step: batches read before.
         examples: examples read before.
         corpus: fingerprint.
         seed: of the run.
         context_length: tokens in a sequence.
         batch_size: sequences in an update.
         weights: of each source, a number or a schedule over steps.
+        left_out: what is never read (training/rewinds.py), as :func:`gpt1_jax.data.order.remaining` has it.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -41,23 +45,44 @@ class DataOrder(pydantic.BaseModel):
     context_length: int
     batch_size: int
     weights: tuple[float | dict[int, float], ...]
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def windows(self, corpus: Corpus) -> RandomWindows:
-        """The sequence of training examples."""
+        """All training examples by their global indices."""
         weights = [
             {step * self.batch_size: w for step, w in weight.items()} if isinstance(weight, dict) else weight
             for weight in self.weights
         ]
         return RandomWindows(corpus, self.context_length, self.seed, weights)
 
-    def examples_of(self, step: int) -> range:
-        """Global indices of the examples of an update, the first being 1."""
+    def examples_of(self, step: int) -> list[int]:
+        """Global indices of the examples of a step, the first being 1."""
         first = self.examples + (step - 1 - self.step) * self.batch_size
-        return range(first, first + self.batch_size)
+        return remaining(np.arange(first, first + self.batch_size), self.left_out).tolist()
 
 
-def data_order(config: Config, corpus: Corpus, step: int, examples: int) -> DataOrder:
+class RemainingWindows:
+    """The sequence of training examples that a run reads, as :class:`gpt1_jax.data.loader.Examples`."""
+
+    def __init__(self, order: DataOrder, corpus: Corpus):
+        self._windows, self._left_out = order.windows(corpus), order.left_out
+
+    def examples(self, indices: np.ndarray) -> np.ndarray:
+        """Examples by their places in the sequence, int32 [n, context_length + 1]."""
+        return self._windows.examples(remaining(indices, self._left_out))
+
+
+def data_order(
+    config: Config, corpus: Corpus, step: int, examples: int, left_out: Sequence[tuple[int, int]] = ()
+) -> DataOrder:
     """The order in which a run reads from a step on.
+
+    Args:
+        config: the run.
+        corpus: what it reads.
+        step: batches read before.
+        examples: examples read before.
+        left_out: as :attr:`DataOrder.left_out`.
 
     Raises:
         UserError: if weights follow a schedule, which counts steps, and the steps before were of another batch size.
@@ -77,6 +102,7 @@ def data_order(config: Config, corpus: Corpus, step: int, examples: int) -> Data
         context_length=config.context_length,
         batch_size=config.train.batch_size,
         weights=tuple(source.weight for source in config.data.sources),
+        left_out=tuple((first, stop) for first, stop in left_out),
     )
 
 

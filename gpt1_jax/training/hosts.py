@@ -14,18 +14,23 @@ import os
 import platform
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
 import jax
 
 from gpt1_jax.config import Config, FinetuneConfig
+from gpt1_jax.data.storage import is_remote
 from gpt1_jax.errors import GPT1Error, Interrupted, StalledError
 from gpt1_jax.training.cluster import Place, find_place
-from gpt1_jax.training.hub import Hello, Hub, encode, has_gone, keep_alive, listen
+from gpt1_jax.training.hub import PULSE_SECONDS, Hello, Hub, encode, has_gone, keep_alive, listen
+from gpt1_jax.training.interrupt import Interruption
+from gpt1_jax.training.watchdog import Watchdog
 
 _T = TypeVar("_T")
 
@@ -33,7 +38,14 @@ _SAY_EVERY = 10.0  # seconds between two lines on waiting for process 0
 _RETRY_SECONDS = 0.3  # between two attempts to reach it
 _GRACE_SECONDS = 3.0  # for this process to end by itself when the run is over, before it is ended
 _SETTLE_SECONDS = 2.0  # for the news that a host has gone to overtake the errors that it causes here
+_BLAME_SECONDS = 5 * PULSE_SECONDS  # past a deadline, for the hosts to find out which of them is to blame
+_LAST_SECONDS = _BLAME_SECONDS + 2.0  # then, for all who are stuck to have ended before process 0
+_HEARTBEAT_SECONDS = 24 * 3600  # in which JAX would abort all for a silent one, naming none; deadlines see to that
 _SHUTDOWN_SECONDS = 10  # that JAX waits at the end for the others, who are there, or have gone
+
+
+class Stopped(Exception):
+    """All hosts stop here, in the middle of work that is left undone."""
 
 
 class Hosts:
@@ -47,49 +59,113 @@ class Hosts:
         processes: how many there are.
     """
 
-    def __init__(self, line: "Line | None" = None):
+    def __init__(
+        self,
+        line: "Line | None" = None,
+        watchdog: Watchdog | None = None,
+        interruption: Interruption | None = None,
+    ):
         self.process, self.processes = (line.process, line.processes) if line else (0, 1)
-        self._line = line
-        self._stop: str | None = None
+        self._line, self._watchdog, self._interruption = line, watchdog, interruption
+        self._training = False
 
     def gather(self, value: _T) -> list[_T]:
-        """What every process gives, JSON, in their order; all must call it. It waits for as long as it takes."""
+        """What every process gives, JSON, in their order; all must call it."""
         return self._line.gather(value) if self._line else [value]
 
     def first(self, work: Callable[[], _T]) -> _T:
         """Has process 0 alone do something, while the others wait; its result, JSON, is that of all."""
-        return self.gather(work() if self.process == 0 else None)[0]  # type: ignore[return-value]
+        if self.process == 0:
+            return self.gather(work())[0]
+        with self._watchdog.suspended() if self._watchdog else contextlib.nullcontext():
+            return self.gather(None)[0]  # type: ignore[return-value]
 
-    def stop(self, reason: str) -> None:
-        """Asks all to stop training, each after the same step."""
-        if self._line:
-            self._line.send(stop=reason)
-        else:
-            self._stop = reason
+    def expect(self, doing: str, seconds: float) -> None:
+        """Something begins that may take so many seconds, until the next call; all processes call it alike."""
+        if self._watchdog:
+            self._watchdog.expect(doing, seconds)
 
-    def stops_after(self, step: int) -> str | None:
-        """Why to make no step after this one, or None; to be asked before every step, by all processes.
+    def renew(self, counted: bool) -> None:
+        """What is expected goes on, and has its time again; or no deadline, where none can be known."""
+        if self._watchdog:
+            self._watchdog.renew(counted)
+
+    def between(self, doing: str, seconds: float) -> None:
+        """To be called by all processes alike, between two parts of work that may be left undone.
+
+        Raises:
+            Stopped: if all stop here.
+        """
+        self.expect(doing, seconds)
+        if self._training and self.due():
+            raise Stopped
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside there is something to save, so a request to stop waits for :meth:`due`; outside all leave at once."""
+        self._turn(True)
+        if self._interruption:  # libtpu sees to signals itself when it finds its devices
+            self._interruption.arm()
+        if self._watchdog:
+            self._watchdog.arm()
+        yield
+        self._turn(False)
+
+    def due(self) -> bool:
+        """Whether to stop here; to be asked by all processes alike, and answered alike, while they are training.
 
         It does not wait, unless it was just asked to stop: then until all have said how far they are.
         """
-        return self._line.stops_after(step) if self._line else self._stop
+        return self._line.due() if self._line else self.stopping is not None
+
+    @property
+    def stopping(self) -> str | None:
+        """Why to stop, where it was asked for; behind :meth:`training` the same on all hosts."""
+        if self._line:
+            return self._line.stopping
+        return self._interruption.received if self._interruption else None
+
+    def stop(self, reason: str) -> None:
+        """Asks all to stop, after the same step or at once."""
+        if self._line:
+            self._line.send(stop=reason)
+        elif not self._training and self._interruption:
+            self._interruption.leave(reason)
+
+    def _turn(self, training: bool) -> None:
+        if self._line:
+            self._line.turn(training)
+        self._training = training
 
     def __enter__(self) -> "Hosts":
+        if self._watchdog:
+            self._watchdog.__enter__()
+            if self._line:
+                self._line.watch(self._watchdog)
+        if self._interruption:
+            if self._line:
+                self._line.on_leave = self._interruption.leave
+            self._interruption.tell(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._line:
-            self._line.leave(error)
+        try:
+            if self._line:
+                self._line.leave(error)
+        finally:
+            if self._watchdog:
+                self._watchdog.__exit__(kind, error, trace)
 
 
-def join(config: Config | FinetuneConfig, say: Callable[[str], None]) -> Hosts:
+def join(config: Config | FinetuneConfig, say: Callable[[str], None], interruption: Interruption) -> Hosts:
     """Waits until all processes of the run are there, and connects JAX's.
 
-    To be called before JAX is asked for its devices. Where this is the only process, nothing happens.
+    To be called before JAX is asked for its devices. Where this is the only process, nothing is waited for.
 
     Args:
         config: the run; it says where this process is, or it is found.
         say: prints a line.
+        interruption: what receives signals.
 
     Raises:
         UserError: if it cannot be found out which process this is, or the processes were started differently.
@@ -97,7 +173,7 @@ def join(config: Config | FinetuneConfig, say: Callable[[str], None]) -> Hosts:
     """
     place = find_place(config.distributed)
     if place is None:
-        return Hosts()
+        return Hosts(None, Watchdog(_stacks(config, 0)), interruption)
     hello = Hello(process=place.process, processes=place.processes, host=platform.node(), settings=_settings(config))
     timeout = config.distributed.timeout
     _results_alone_on_stdout()
@@ -111,7 +187,7 @@ def join(config: Config | FinetuneConfig, say: Callable[[str], None]) -> Hosts:
     # Behind whatever is registered later, and before what JAX has registered when it was imported.
     atexit.register(line.exit_if_failed)
     _initialize_jax(place, line, timeout)
-    return Hosts(line)
+    return Hosts(line, Watchdog(_stacks(config, place.process), _BLAME_SECONDS), interruption)
 
 
 def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
@@ -127,6 +203,7 @@ def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
             cluster_detection_method="deactivate",
             initialization_timeout=int(timeout) + 1,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except RuntimeError as error:
         unreachable = StalledError(
@@ -143,6 +220,8 @@ class Line:
         process: the number of this process.
         processes: how many there are.
         port: of process 0 that is JAX's.
+        stopping: why all were asked to stop.
+        on_leave: what has this process leave at once, given why.
         exit_code: what the process ends with, if an error ended its work with the others.
     """
 
@@ -151,19 +230,25 @@ class Line:
         self._hub = hub
         self._connection, self._lines, begin = _meet(place, hello, timeout, say)
         self.port: int = begin["begin"]
-        self._first = begin["hosts"][0]
+        self._names: list[str] = begin["hosts"]
+        self._sending = threading.Lock()
         self._changed = threading.Condition()  # of all that follows
         self._values: list[Any] | None = None
         self._over: GPT1Error | None = None
-        self._step, self._last, self._why = -1, sys.maxsize, ""
+        self.stopping: str | None = None
+        # Whether there is something to save, now and from the next answer of all on: so they change together.
+        self._training = self._training_next = False
+        self._asked, self._last = 0, sys.maxsize  # how often it was asked whether to stop, and when the answer is yes
         self._held = False  # between being asked how far this process is, and knowing where to stop
         self._left = threading.Event()
+        self._watchdog: Watchdog | None = None
+        self.on_leave: Callable[[str], None] = lambda reason: None
         self.exit_code: int | None = None
         threading.Thread(target=self._listen, name="gpt1-line", daemon=True).start()
 
     def send(self, **message: Any) -> None:
         """Tells process 0 something; where it has gone, :meth:`_listen` finds out."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._sending:
             self._connection.sendall(encode(**message))
 
     def gather(self, value: Any) -> list[Any]:
@@ -176,12 +261,22 @@ class Line:
             values, self._values = self._values, None
             return values
 
-    def stops_after(self, step: int) -> str | None:
-        """As :meth:`Hosts.stops_after`."""
+    def turn(self, training: bool) -> None:
+        """Begins or ends the training, on all hosts between the same two messages of process 0."""
+        self._training_next = training
+        self.gather(None)
+
+    def due(self) -> bool:
+        """As :meth:`Hosts.due`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held or self._over)
-            self._step = step
-            return self._why if step >= self._last else None
+            self._asked += 1
+            return self._asked >= self._last
+
+    def watch(self, watchdog: Watchdog) -> None:
+        """From now on tells process 0 how far this process is, so that it can say which one all wait for."""
+        self._watchdog = watchdog
+        threading.Thread(target=self._report, args=(watchdog,), name="gpt1-report", daemon=True).start()
 
     def leave(self, error: BaseException | None) -> None:
         """Ends the work with the others: in order, or because of an error, which ends them too.
@@ -189,6 +284,10 @@ class Line:
         Raises:
             GPT1Error: if the error is the consequence of what has happened elsewhere, saying that.
         """
+        if self.exit_code is not None:  # all leave at once, and know it
+            self._left.set()
+            self._close()
+            return
         if error is None or isinstance(error, Interrupted):
             try:
                 self.gather(None)  # the run is on the disk when the slowest has come here
@@ -235,7 +334,7 @@ class Line:
             for line in self._lines:
                 self._take(json.loads(line))
         if not self._left.is_set():
-            gone = StalledError(has_gone(0, self._first))
+            gone = StalledError(has_gone(0, self._names[0]))
             # JAX, whose service has gone too, is about to abort this process with a trace of its own.
             self._end(gone, grace=0.0 if self.process else _GRACE_SECONDS)
 
@@ -243,18 +342,48 @@ class Line:
         with self._changed:
             match message:
                 case {"values": values}:
-                    self._values = values
+                    self._values, self._training = values, self._training_next
                 case {"stop": why}:
-                    self._why, self._held = why, True
-                    self.send(step=self._step)
-                case {"last": last}:
+                    self.stopping, self._held = why, True
+                    self.send(asked=self._asked if self._training else None)
+                case {"last": int(last)}:
                     self._last, self._held = last, False
                 case {"failed": what, "code": code}:
                     self._over = GPT1Error(what)
                     self._over.exit_code = code
             self._changed.notify_all()
-        if self._over:
-            self._end(self._over)
+        match message:
+            case {"failed": _}:
+                assert self._over
+                self._end(self._over)
+            case {"last": None}:
+                self._leave_at_once()
+            case {"stalled": why}:
+                self._end_stalled(why)
+
+    def _leave_at_once(self) -> None:
+        assert self.stopping
+        self._left.set()
+        self.exit_code = Interrupted.exit_code
+        self.send(leave=True)
+        self.on_leave(self.stopping)
+
+    def _end_stalled(self, why: str) -> None:
+        """Ends this process as a passed deadline does, with its stacks written."""
+        self._left.set()
+        if self._watchdog:
+            if self._hub:
+                # JAX's service ends with this process, and JAX then aborts who is stuck before its stacks are written.
+                self._watchdog.end(why, _LAST_SECONDS)
+                self._hub.wait_for_others(_LAST_SECONDS)
+            self._watchdog.end(why)
+
+    def _report(self, watchdog: Watchdog) -> None:
+        while not self._left.wait(PULSE_SECONDS):
+            late = watchdog.late()
+            self.send(turn=watchdog.turns, doing=watchdog.doing, late=late > 0)
+            if late > _BLAME_SECONDS / 2:  # process 0 would have said who it is
+                self._end_stalled(f"host 0 ({self._names[0]}) does not answer: no progress while {watchdog.doing}")
 
     def _end(self, error: GPT1Error, grace: float = _GRACE_SECONDS) -> None:
         """Ends this process, if it does not end by itself: it may wait for a device, and so for who has gone."""
@@ -320,6 +449,12 @@ def _results_alone_on_stdout() -> None:
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
     os.dup2(2, 1)
+
+
+def _stacks(config: Config | FinetuneConfig, process: int) -> str:
+    """Where the stacks of a process that is stuck are written: into the run's folder, or, for a bucket's, here."""
+    folder = tempfile.gettempdir() if is_remote(config.run_dir) else os.fspath(config.run_dir)
+    return os.path.join(folder, f"stalled-{process}.txt")
 
 
 def _settings(config: Config | FinetuneConfig) -> dict[str, Any]:

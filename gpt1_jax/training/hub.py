@@ -8,6 +8,7 @@ and is left alone.
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from gpt1_jax.config import differences
 from gpt1_jax.errors import GPT1Error, StalledError, UserError
 from gpt1_jax.training.cluster import Place
 
+PULSE_SECONDS = 2.0  # between two reports of a process on how far it is
 _SAY_EVERY = 10.0  # seconds between two lines on who is missing
 _HELLO_SECONDS = 10.0  # until who connects has said hello
 _LINGER_SECONDS = 10.0  # that process 0 stays for the others to leave
@@ -49,6 +51,9 @@ class _Member:
     hello: Hello
     writer: asyncio.StreamWriter
     left: bool = False  # it said that it leaves
+    heard: float = math.inf  # when it last said how far it is
+    turn: int = 0  # how often it had expected something then
+    doing: str = "starting"  # what it expected
 
 
 def listen(place: Place) -> socket.socket:
@@ -84,7 +89,7 @@ class Hub:
         self._listener, self._place, self._hello, self._timeout, self._say = listener, place, hello, timeout, say
         self._members: dict[int, _Member] = {}
         self._values: dict[int, Any] = {}  # what was said since the last answer
-        self._steps: dict[int, int] = {}  # reached, when it was asked for
+        self._asked: dict[int, int | None] = {}  # how far each is in the training, when it was asked for
         self._over: dict[str, Any] | None = None  # why all must end
         self._began = self._stopping = False
         self._visits: dict[asyncio.Task, asyncio.StreamWriter] = {}
@@ -96,9 +101,13 @@ class Hub:
 
     def close(self) -> None:
         """Ends the server when the others have left, so that they hear why it is over, or after some seconds."""
-        self._empty.wait(_LINGER_SECONDS)
+        self.wait_for_others(_LINGER_SECONDS)
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Returns when the others have left, or after so many seconds."""
+        self._empty.wait(seconds)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -200,12 +209,18 @@ class Hub:
             case {"stop": reason} if not self._stopping:
                 self._stopping = True
                 self._tell(stop=f"{reason} on host {process} ({self._name(process)})")
-            case {"step": step}:
-                self._steps[process] = step
-                if len(self._steps) == self._place.processes:
-                    # Who has gone furthest is already making the step after it.
-                    self._tell(last=max(self._steps.values()) + 1)
-                    self._steps = {}
+            case {"asked": asked}:
+                self._asked[process] = asked
+                if len(self._asked) == self._place.processes:
+                    steps = [step for step in self._asked.values() if step is not None]
+                    # They begin and end to train together, so all or none do. Who has gone furthest does already what
+                    # comes after the place where it last asked.
+                    self._tell(last=max(steps) + 1 if steps else None)
+                    self._asked = {}
+            case {"turn": turn, "doing": doing, "late": late}:
+                member.heard, member.turn, member.doing = self._loop.time(), turn, doing
+                if late:
+                    self._stalled()
             case {"failed": what, "code": code}:
                 member.left = True
                 self._end(GPT1Error(f"host {process} ({self._name(process)}) has failed: {what}"), code)
@@ -232,6 +247,26 @@ class Hub:
             self._over = {"failed": str(error), "code": error.exit_code if code is None else code}
             self._changed.set()
             self._tell(**self._over)
+
+    def _stalled(self) -> None:
+        """Ends all, because a deadline has passed somewhere; says on whose account."""
+        if self._over:
+            return
+        silent = [n for n, m in self._members.items() if m.heard < self._loop.time() - 3 * PULSE_SECONDS and not m.left]
+        furthest = max(member.turn for member in self._members.values())
+        behind = [n for n, member in self._members.items() if member.turn < furthest]
+        if silent:
+            why = f"{self._named(silent)}: no progress, and no answer"
+        elif behind:
+            why = f"{self._named(behind)}: no progress while {self._members[behind[0]].doing}; the others are further"
+        else:
+            doing = next(iter(self._members.values())).doing
+            why = f"no progress while {doing}, on all hosts alike: their devices or what joins them is stuck"
+        self._over = {"stalled": why}
+        self._tell(stalled=why)
+
+    def _named(self, processes: list[int]) -> str:
+        return ", ".join(f"host {process} ({self._name(process)})" for process in sorted(processes))
 
     def _tell(self, **message: Any) -> None:
         for member in self._members.values():

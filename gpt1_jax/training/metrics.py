@@ -1,6 +1,8 @@
 """Where a run's figures are kept: metrics.jsonl and TensorBoard; and the clock they are taken by."""
 
 import json
+import math
+import platform
 import shutil
 import tempfile
 import time
@@ -10,13 +12,22 @@ from types import TracebackType
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
+
+# pyrefly: ignore[missing-module-attribute]  # protobuf makes the classes when the modules are imported
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# pyrefly: ignore[missing-module-attribute]
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from gpt1_jax.config import Config
-from gpt1_jax.data.storage import is_remote, write_atomically
+from gpt1_jax.data.storage import is_remote, storage_errors, write_atomically
 from gpt1_jax.errors import DamagedError
+from gpt1_jax.outside import parse_json
 
 METRICS = "metrics.jsonl"
+
+_FLUSH_SECONDS = 120.0  # in which what TensorBoard shows comes to the disk
 
 Record = dict[str, Any]
 
@@ -53,19 +64,22 @@ class MetricsLog:
                 self.seconds = record.get("seconds", self.seconds)
         write_atomically(self._folder / METRICS, "".join(kept).encode())
         self._file = (self._folder / METRICS).open("a", buffering=1, encoding="utf-8")
-        self._board = None
+        self._board: _Board | None = None
         if config.logging.tensorboard:
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+            self._board = _Board(self._folder / "tensorboard", step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; ``step`` is among its keys."""
+        """Writes one record; ``step`` is among its keys.
+
+        Raises:
+            StorageError: if the disk is full or failing.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(key, value, record["step"])
+        with storage_errors(self._folder / METRICS):
+            self._file.write(json.dumps(record) + "\n")
+            if self._board is not None:
+                self._board.add(record)
 
     def flush(self) -> None:
         """Puts the files of a run in a bucket there as they are now; those of a local run are there already."""
@@ -83,14 +97,59 @@ class MetricsLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._writes:
             return
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._remote:
-            try:
-                self.flush()
-            finally:
+        try:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+                self._board = None
+            self.flush()
+        except Exception:
+            if error is None:  # else what has ended the run is worth more
+                raise
+        finally:
+            if self._remote:
                 shutil.rmtree(self._folder)
+
+
+class _Board:
+    """A file of events for TensorBoard.
+
+    tensorboardX's own writer of them has a thread, which ends silently where the disk is full; who gives it an event
+    then waits for ever.
+
+    Args:
+        folder: in which it is made.
+        step: what earlier files hold of later steps is no longer shown.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(exist_ok=True)
+        # A name that sorts behind those of earlier starts.
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"))
+        self._flushed = -math.inf
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Writes the numbers of a record."""
+        numbers = {key: value for key, value in record.items() if key != "step" and value is not None}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+        self._write(Event(step=record["step"], summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Has the disk keep what was written."""
+        self._flushed = time.monotonic()
+        self._file.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
 
 
 def read_records(path: epath.Path, *keys: str) -> list[Record]:
@@ -110,7 +169,7 @@ def read_records(path: epath.Path, *keys: str) -> list[Record]:
         if not line:
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:  # not JSON, or not UTF-8
             raise DamagedError(f"{path}:{number}: not a line of JSON: {error}; mend or delete the line") from None
         missing = [key for key in keys if not isinstance(record, dict) or key not in record]

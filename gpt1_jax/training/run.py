@@ -1,6 +1,5 @@
 """A run's folder: made by training, opened by everything that uses a trained model."""
 
-import json
 import os
 import time
 import uuid
@@ -17,6 +16,7 @@ from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
+from gpt1_jax.outside import parse_json
 from gpt1_jax.text.tokenizer import Tokenizer, load_tokenizer
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.choices import resolve
@@ -27,7 +27,8 @@ CONFIG = "config.yaml"
 RESULTS = "results.json"  # of a fine-tuned run: what it is worth, and which of its checkpoints is the best
 _PATIENCE_SECONDS = 10.0  # for which a shared disk may show an older listing
 
-# Keys that may differ when a run goes on, because its losses and weights do not depend on them.
+# Keys, and with a dot at the end sections, that may differ when a run goes on, because its losses and weights do not
+# depend on them.
 _FREE_KEYS = (
     "name",
     "runs_dir",
@@ -45,11 +46,15 @@ _FREE_KEYS = (
     "train.gradient_dtype",
     "train.log_every",
     "train.compilation_cache",
+    "train.max_skipped_steps",
+    "train.spikes.max_rewinds",
+    "train.double_check_every",
     "mesh.",
     "checkpoint.",
     "evaluation.",
     "logging.",
     "distributed.",
+    "deadlines.",
     "finetune.name",
     "finetune.runs_dir",
     "finetune.model.attention",
@@ -58,10 +63,13 @@ _FREE_KEYS = (
     "finetune.train.log_every",
     "finetune.train.gradient_dtype",
     "finetune.train.compilation_cache",
+    "finetune.train.max_skipped_steps",
+    "finetune.train.double_check_every",
     "finetune.mesh.",
     "finetune.evaluation.",
     "finetune.logging.",
     "finetune.distributed.",
+    "finetune.deadlines.",
 )
 # Of the model's, those that imported weights leave open.
 _FREE_KEYS_OF_IMPORTED = (
@@ -98,24 +106,29 @@ class Run:
     chat_template: str | None = None
 
 
-def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -> Run:
-    """Reads the newest checkpoint of a run, or of a fine-tuned one that is done the best.
+def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None, hosts: Hosts | None = None) -> Run:
+    """Reads the newest sound checkpoint of a run, or of a fine-tuned one that is done the best.
+
+    Newer ones that are damaged are named on standard error.
 
     Args:
         path: the run's folder.
         step: of another checkpoint.
         mesh: where to put the weights; None: the run's own mesh, or, where the devices at hand do not make it up, all
             of them with a copy of the weights on each.
+        hosts: the processes that open it together.
 
     Raises:
-        UserError: if there is no run, or no checkpoint yet.
-        DamagedError: if the checkpoint cannot be read.
+        UserError: if there is no run, no checkpoint yet, or none of that step.
+        DamagedError: if no checkpoint is sound, or not the one of that step.
     """
     path = epath.Path(path)
-    if not (path / CONFIG).exists():
-        raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
-    with Checkpoints(path) as checkpoints:
-        step = read_results(path).get("step", checkpoints.latest()) if step is None else step
+    check_is_run(path)
+    with Checkpoints(path, hosts=hosts) as checkpoints:
+        asked = read_results(path).get("step") if step is None else step
+        if asked is not None:
+            checkpoints.check(asked)
+        step = checkpoints.newest_sound() if asked is None else asked
         if step is None:
             raise UserError(f"{path}: the run has no checkpoint yet; train it with 'gpt1 train {path / CONFIG}'")
         files = checkpoints.read_files(step)
@@ -134,6 +147,16 @@ def open_run(path: AnyPath, mesh: Mesh | None = None, step: int | None = None) -
     return Run(path, config, step, files.examples, files.corpus, tokenizer, mesh, params, files.chat_template)
 
 
+def check_is_run(path: epath.Path) -> None:
+    """Checks that a folder is that of a run.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path}: no run here ({CONFIG} is missing); give the folder of a run, such as runs/tiny")
+
+
 def read_results(path: epath.Path) -> dict[str, Any]:
     """What results.json says of a fine-tuned run; empty where there is none.
 
@@ -144,7 +167,7 @@ def read_results(path: epath.Path) -> dict[str, Any]:
     if not results.exists():
         return {}
     try:
-        found = json.loads(results.read_text(encoding="utf-8"))
+        found = parse_json(results.read_bytes())
         return {**found, "step": int(found["step"])}
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{results}: not what fine-tuning writes: {error!r}; delete it and run it again") from None
@@ -172,20 +195,21 @@ def check_run(config: Config, allow_changes: bool) -> None:
     An attempt that did not come to a checkpoint binds nothing, whatever it left behind. Imported weights bind the
     shape of the model alone.
 
+    Its arrays are not read: that a checkpoint is sound is found out when the run goes on from it.
+
     Raises:
         UserError: naming every key that differs and matters.
-        DamagedError: if the checkpoint cannot be read.
     """
     if allow_changes:
         return
     with Checkpoints(config.run_dir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
+        newest = checkpoints.newest_files()
+        if newest is None:
             return
-        files = checkpoints.read_files(step)
+        step, files = newest
         made_by = _config_in(files, checkpoints.path(step))
     changes = list(differences(made_by.model_dump(mode="json"), config.model_dump(mode="json")))
-    changes = [change for change in changes if not change[0].startswith(_FREE_KEYS)]
+    changes = [change for change in changes if not _is_free(change[0])]
     if files.data is None:
         changes = [c for c in changes if c[0].startswith("model.") and c[0] not in _FREE_KEYS_OF_IMPORTED]
     if changes:
@@ -194,6 +218,10 @@ def check_run(config: Config, allow_changes: bool) -> None:
             + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in changes)
             + "start another run with name=NEW, or pass --allow-changes to go on with the values of now"
         )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in _FREE_KEYS)
 
 
 def check_shared(config: Config | FinetuneConfig, hosts: Hosts) -> None:

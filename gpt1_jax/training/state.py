@@ -21,7 +21,7 @@ class TrainState:
     """Everything that a step reads and writes.
 
     Attributes:
-        step: updates made, int32.
+        step: batches read, int32; the optimizer's own counts leave out those that were skipped.
         params: the weights, float32.
         opt_state: the optimizer's state, of the parameters that are trained.
         key: data of the random key of the whole run, uint32; a step's key is folded in from it and never stored.

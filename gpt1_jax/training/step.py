@@ -1,5 +1,8 @@
 """One update, as a pure function of the state and the batch.
 
+A step whose loss or gradient norm is not finite is skipped: it changes nothing but the number of batches read, so the
+data and the random key go on, and parameters, moments and rate are as they were.
+
 Shapes: B batch, T position.
 """
 
@@ -13,7 +16,6 @@ from jax.sharding import Mesh
 
 from gpt1_jax.config import Config
 from gpt1_jax.model.sharding import batch_sharding
-from gpt1_jax.model.transformer import Params
 from gpt1_jax.training.gradient import LossAndGradient, loss_and_gradient
 from gpt1_jax.training.optimizer import learning_rate_schedule
 from gpt1_jax.training.state import TrainState, abstract_state
@@ -40,15 +42,15 @@ def train_step(
         separator_id: as in :func:`gpt1_jax.training.gradient.loss_and_gradient`.
 
     Returns:
-        The new state, and float32 scalars: loss (nats per token, before the update), grad_norm (before clipping),
-        learning_rate (of this update).
+        The new state, and scalars: loss (nats per token, before the update), grad_norm (before clipping),
+        learning_rate (of this update), all float32, and skipped (whether there was no update).
     """
     found = loss_and_gradient(config, state.params, tokens_BT, step_key(state), separator_id)
     return update(config, optimizer, state, found)
 
 
 def step_key(state: TrainState) -> jax.Array:
-    """The random key of the next update."""
+    """The random key of the next batch."""
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
@@ -61,14 +63,23 @@ def update(
     if scales is not None:  # what is not trained has no part in the norm
         grads = jax.tree.map(lambda g, scale: jnp.where(scale == 0, 0, g), grads, scales(grads))
     trained, others = split(config, state.params)
+    norm = cast(jax.Array, optax.tree.norm(grads))
+    skipped = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = merge(cast(Params, optax.apply_updates(trained, updates)), others)
+    updated = optax.apply_updates(trained, updates), opt_state
+    # A choice of each element, and not of a branch: it is part of the loop that writes the element in its place.
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(skipped, old, new), updated, (trained, state.opt_state)
+    )
+    # The state before: its count of updates leaves out what was skipped, which state.step does not.
+    updates_made = optax.tree.get(state.opt_state, "ScaleByScheduleState").count
     metrics = {
         "loss": loss,
-        "grad_norm": cast(jax.Array, optax.tree.norm(grads)),
-        "learning_rate": learning_rate_schedule(config.optimizer, config.train.steps)(state.step),
+        "grad_norm": norm,
+        "learning_rate": learning_rate_schedule(config.optimizer, config.train.steps)(updates_made),
+        "skipped": skipped,
     }
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    return TrainState(state.step + 1, merge(trained, others), opt_state, state.key), metrics
 
 
 def compile_train_step(

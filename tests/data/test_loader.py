@@ -1,4 +1,5 @@
 import gc
+import itertools
 import json
 import socket
 import subprocess
@@ -9,12 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 
 from gpt1_jax.data.corpus import Corpus
 from gpt1_jax.data.loader import Batches, global_batch
+from gpt1_jax.data.order import remaining
 from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.errors import DamagedError
+from gpt1_jax.training.history import DataOrder, RemainingWindows
 
 SOURCES = [[300, 100], [500]]
 WEIGHTS = [1.0, 2.0]
@@ -57,6 +62,25 @@ def test_position_survives_a_change_of_batch_size(windows, device):
 
     whole = rows(24, 0, 2)
     assert np.array_equal(np.concatenate([rows(6, 0, 3), rows(15, 18, 2)]), whole)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    begin=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    parts=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 50)), max_size=3),
+)
+def test_wherever_a_run_begins_and_whatever_its_batches_it_reads_one_sequence(folder, device, begin, sizes, parts):
+    left_out = [(first, first + count) for first, count in parts]
+    order = DataOrder(
+        step=0, examples=0, corpus="", seed=3, context_length=8, batch_size=4, weights=WEIGHTS, left_out=left_out
+    )
+    corpus = Corpus(folder)
+    windows, rows = RemainingWindows(order, corpus), []
+    for before, size in zip(itertools.accumulate([0, *sizes]), sizes, strict=False):
+        rows.append(global_batch(windows, begin + before, size, device))
+    expected = order.windows(corpus).examples(remaining(begin + np.arange(sum(sizes)), left_out))
+    assert np.array_equal(np.concatenate(rows), expected)
 
 
 def test_position_beyond_ten_to_the_fifteenth(windows, device):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt1_jax.data.order import PERIOD, Curriculum, Mixture, draw, make_key, permute
+from gpt1_jax.data.order import PERIOD, Curriculum, Mixture, draw, make_key, permute, remaining
 from gpt1_jax.errors import UserError
 
 MILLION = 1_000_000
@@ -53,6 +53,16 @@ def test_indices_of_many_permutations_at_once_give_what_each_gives_alone(sizes, 
     key = make_key(seed, np.arange(len(sizes)))
     alone = [int(permute(i, size, k)[0]) for i, size, k in zip(index, sizes, key, strict=True)]
     assert permute(index, sizes, key).tolist() == alone
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5))
+def test_what_remains_is_all_but_what_is_left_out_part_after_part(parts):
+    left_out = [(first, first + count) for first, count in parts]
+    left = list(range(200))
+    for first, stop in left_out:
+        del left[first:stop]
+    assert remaining(np.arange(100), left_out).tolist() == left[:100]
 
 
 def correlation(a, b):

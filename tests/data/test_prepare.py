@@ -280,8 +280,11 @@ def test_damage_is_mended(corpus, texts, tmp_path, monkeypatch, name, how):
     damage(folder / name, how)
     written = []
     monkeypatch.setattr("gpt1_jax.data.encode._write", lambda *args: written.append(args[0].file) or write(*args))
-    if (name, how) != ("manifest.json", "missing"):
+    if name != "manifest.json":
         assert prepare(config(texts, tmp_path)) == epath.Path(folder)  # does not look
+    elif how != "missing":
+        with pytest.raises(DamagedError, match=r"manifest\.json: not as it was written"):
+            prepare(config(texts, tmp_path))
     assert not written
     stages = []
     assert prepare(config(texts, tmp_path), lambda *args: stages.append(args), check=True) == epath.Path(folder)

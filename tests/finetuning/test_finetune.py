@@ -22,6 +22,7 @@ from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.choices import resolve
 from gpt1_jax.training.compilation_cache import compilation_cache
 from gpt1_jax.training.hosts import Hosts
+from gpt1_jax.training.interrupt import Interruption
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.run import open_run, write_config
@@ -91,7 +92,8 @@ class Workshop:
         config = self.config(form, task, *overrides)
         self.said = []
         with compilation_cache(config):  # the same functions are compiled once
-            return finetune(config, Hosts(), self.said.append, allow_changes)
+            with Interruption() as interruption, Hosts(interruption=interruption) as hosts:
+                return finetune(config, hosts, self.said.append, allow_changes)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +265,7 @@ def test_an_epoch_whose_metrics_the_log_lacks_is_measured_again(tmp_path, monkey
     monkeypatch.setattr(module, "open_run", lambda *given: SimpleNamespace(params=given))
 
     def evaluate(params):
-        assert params == (tmp_path, "mesh", params[2])
+        assert params == (tmp_path, "mesh", params[2], job.hosts)
         return {"validation_accuracy": 10.0 + params[2], "validation_f1": 20.0 + params[2]}
 
     assert module._epochs(job, config, evaluate) == [

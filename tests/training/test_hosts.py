@@ -6,26 +6,28 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pydantic
 import pytest
 
 from gpt1_jax.config import Config, DistributedConfig
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.errors import GPT1Error, StalledError, UserError
-from gpt1_jax.training import cluster
+from gpt1_jax.errors import GPT1Error, Interrupted, StalledError, UserError
+from gpt1_jax.training import cluster, hub
+from gpt1_jax.training import hosts as hosts_module
 from gpt1_jax.training.cluster import Place, find_place
 from gpt1_jax.training.hosts import Hosts, Line, join
 from gpt1_jax.training.hub import Hello, Hub, listen
+from gpt1_jax.training.interrupt import Interruption
 from gpt1_jax.training.run import check_shared
+from tests.running import Ended, Running, free_port, records
 
 # ---- which process this is
 
@@ -56,9 +58,9 @@ def test_alone_nothing_is_asked_or_said(bare):
     bare.setattr(socket.socket, "connect", refuse)
     bare.setattr(socket, "getaddrinfo", refuse)
     lines: list[str] = []
-    with join(Config(), lines.append) as hosts:
+    with join(Config(), lines.append, Interruption()) as hosts:
         assert (hosts.process, hosts.processes, lines) == (0, 1, [])
-        assert hosts.first(lambda: "x") == "x" and hosts.stops_after(3) is None
+        assert hosts.first(lambda: "x") == "x" and not hosts.due() and hosts.stopping is None
 
 
 def test_slurm_gives_the_place_and_the_names(bare):
@@ -112,12 +114,6 @@ def test_keys_that_make_no_place_are_refused(keys, problem):
 
 
 # ---- how they meet
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 class Job:
@@ -266,17 +262,96 @@ def test_all_stop_after_the_same_step_wherever_they_are():
     def work(hosts: Hosts) -> None:
         step = 7
         barrier.wait()
-        while not (reason := hosts.stops_after(step)):
-            if step == 20 and hosts.process in (1, 2):
-                hosts.stop("SIGTERM")
-            time.sleep(0.001 * (1 + hosts.process))  # the slower ones are behind
-            step += 1
+        with hosts.training():
+            while not hosts.due():
+                if step == 20 and hosts.process in (1, 2):
+                    hosts.stop("SIGTERM")
+                time.sleep(0.001 * (1 + hosts.process))  # the slower ones are behind
+                step += 1
         steps[hosts.process] = step
-        reasons.append(reason)
+        reasons.append(hosts.stopping)
 
     assert Job(3).each(work) == [None] * 3
     assert len(set(steps.values())) == 1 and steps[0] >= 20
     assert set(reasons) <= {"SIGTERM on host 1 (name-1)", "SIGTERM on host 2 (name-2)"} and len(set(reasons)) == 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_with_nothing_to_save_all_leave_at_once(trained):
+    left: dict[int, str] = {}
+
+    def work(hosts: Hosts) -> None:
+        hosts._line.on_leave = lambda reason: left.update({hosts.process: reason})
+        if trained:
+            with hosts.training():
+                assert not hosts.due()
+        if hosts.process == 1:
+            hosts.stop("SIGTERM")
+        wait_until(lambda: hosts.process in left)
+        assert hosts._line.exit_code == Interrupted.exit_code
+
+    assert Job(3).each(work) == [None] * 3
+    assert left == dict.fromkeys(range(3), "SIGTERM on host 1 (name-1)")
+
+
+@dataclass
+class Dog:
+    """What a watchdog tells the others, and what they tell it."""
+
+    turns: int = 4
+    doing: str = "making step 9"
+    seconds_late: float = -1.0
+    ended: str | None = None
+
+    def late(self) -> float:
+        return self.seconds_late
+
+    def end(self, why: str, seconds: float = 0.0) -> None:
+        if not seconds:
+            self.ended = why
+
+
+@pytest.mark.parametrize(
+    ("changes", "silent", "why"),
+    [
+        ({2: {"turns": 3, "doing": "reading the batch of step 9"}}, None, "host 2 (name-2): no progress while reading"),
+        ({}, 1, "host 1 (name-1): no progress, and no answer"),
+        ({}, None, "no progress while making step 9, on all hosts alike"),
+    ],
+)
+def test_when_a_deadline_passes_all_end_and_say_on_whose_account(changes, silent, why, monkeypatch):
+    for module in (hub, hosts_module):
+        monkeypatch.setattr(module, "PULSE_SECONDS", 0.05)
+    dogs = [Dog(**changes.get(process, {})) for process in range(3)]
+
+    def work(hosts: Hosts) -> None:
+        dog = dogs[hosts.process]
+        hosts._line.watch(dog)
+        time.sleep(0.2)
+        if hosts.process == silent:
+            dog.late = lambda: time.sleep(1.0) or -1.0  # its reports end
+        time.sleep(0.5)
+        dogs[0].seconds_late = 0.01
+        wait_until(lambda: dog.ended is not None)
+        hosts._line.exit_code = StalledError.exit_code  # which the process would end with
+
+    Job(3).each(work)
+    assert all(dog.ended and dog.ended.startswith(why) for dog in dogs), dogs
+
+
+def test_process_0_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(hosts_module, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(Hub, "_stalled", lambda hub: None)
+    dogs = [Dog(), Dog(seconds_late=hosts_module._BLAME_SECONDS)]
+
+    def work(hosts: Hosts) -> None:
+        if hosts.process:
+            hosts._line.watch(dogs[1])
+            wait_until(lambda: dogs[1].ended is not None)
+        hosts._line.exit_code = StalledError.exit_code
+
+    Job(2).each(work)
+    assert dogs[1].ended == "host 0 (name-0) does not answer: no progress while making step 9"
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
@@ -309,55 +384,6 @@ SETTINGS = (
 )
 
 
-class Running:
-    """``gpt1 train`` in several processes with the same folder and the same number of devices each."""
-
-    def __init__(self, folder: Path, processes: int, devices: int, *overrides: str):
-        self.folder = folder
-        port = free_port()
-        environment = os.environ | {
-            # Code that is hardly optimised, which is sooner compiled.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        }
-        self.jobs = []
-        for process in range(processes):
-            keys = [f"distributed.coordinator=localhost:{port}", f"distributed.processes={processes}"]
-            keys = [*keys, f"distributed.process={process}"] if processes > 1 else []
-            self.jobs.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "gpt1_jax", "train", "config.yaml", "--json", *keys, *overrides],
-                    cwd=folder,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-
-    def send(self, number: signal.Signals, process: int, step: int) -> "Running":
-        """Sends a signal to one process when a step is logged."""
-        deadline = time.monotonic() + 120
-        while not any(record["step"] >= step for record in records(self.folder)):
-            assert time.monotonic() < deadline and all(job.poll() is None for job in self.jobs), self.finish()
-            time.sleep(0.01)
-        self.jobs[process].send_signal(number)
-        return self
-
-    def finish(self) -> list[tuple[int, str, str]]:
-        """Exit code, standard output and what each process said itself on standard error."""
-        with ThreadPoolExecutor() as pool:
-            said = list(pool.map(lambda job: job.communicate(timeout=150), self.jobs))
-        return [(job.returncode, out, err) for job, (out, err) in zip(self.jobs, said, strict=True)]
-
-
-def records(folder: Path) -> list[dict]:
-    path = folder / "runs" / "run" / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    of_the_clock = ("seconds", "tokens_per_second", "mfu")
-    return [{k: v for k, v in json.loads(line).items() if k not in of_the_clock} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def new_folder(tmp_path_factory: pytest.TempPathFactory, corpus_yaml: str) -> Callable[[str], Path]:
     """Makes folders to train in; what one run has compiled the others find."""
@@ -373,17 +399,10 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory, corpus_yaml: str) -> Ca
 
 
 @pytest.fixture(scope="module")
-def two_by_four(new_folder) -> tuple[Path, list[tuple[int, str, str]]]:
+def two_by_four(new_folder) -> tuple[Path, list[Ended]]:
     """A run of two processes with four devices each, and what they said."""
     folder = new_folder("two")
-    return folder, Running(folder, 2, 4).finish()
-
-
-def check_close(found: list[dict], expected: list[dict]) -> None:
-    assert [record["step"] for record in found] == [record["step"] for record in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4, err_msg=str(ours["step"]))
+    return folder, Running(folder, processes=2, devices=4).finish()
 
 
 def test_one_process_writes_what_all_have_made(two_by_four):
@@ -400,29 +419,13 @@ def test_one_process_writes_what_all_have_made(two_by_four):
     assert not list((folder / "runs/run").glob(".shared-*"))
 
 
-def test_killed_on_one_host_all_end_and_go_on_with_the_same_bits(two_by_four, new_folder):
-    folder = new_folder("killed")
-    first, second = Running(folder, 2, 4).send(signal.SIGKILL, 1, step=5).finish()
-    assert second[0] == -signal.SIGKILL
-    assert first[0] == StalledError.exit_code, first[2]
-    assert re.search(r"gpt1: host 1 \(.*\) has gone: its process has ended", first[2])
-    assert [code for code, _, _ in Running(folder, 2, 4).finish()] == [0, 0]
-    assert records(folder) == records(two_by_four[0])
-    for name in ("evaluation.json", "samples.jsonl"):
-        assert (folder / "runs/run" / name).read_bytes() == (two_by_four[0] / "runs/run" / name).read_bytes()
-
-
-def test_four_processes_stop_together_and_one_goes_on(two_by_four, new_folder):
-    folder = new_folder("four")
-    stopped = Running(folder, 4, 2).send(signal.SIGTERM, 2, step=3).finish()
-    steps = {
-        re.search(r"SIGTERM on host 2 \(.*\): stopped after step (\d+); its checkpoint is", e) for _, _, e in stopped
-    }
-    assert None not in steps and len({match[1] for match in steps if match}) == 1, stopped
-    assert [code for code, _, _ in stopped] == [75] * 4
-    ((code, _, err),) = Running(folder, 1, 8).finish()
-    assert code == 0, err
-    check_close(records(folder), records(two_by_four[0]))
+def test_a_signal_in_start_up_ends_all_at_once(two_by_four, new_folder):
+    folder = new_folder("early")
+    running = Running(folder, processes=2, devices=4).send(signal.SIGTERM, (folder / "runs/run/config.yaml").exists, 1)
+    for code, _, err in running.finish():
+        assert code == 75, err
+        assert re.search(r"gpt1: SIGTERM on host 1 \(.*\): stopped, with nothing to save; run the same command", err)
+    assert records(folder) == [] and not list((folder / "runs/run/checkpoints").iterdir())
 
 
 def test_cluster_lists_are_expanded():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +21,8 @@ from gpt1_jax.text.sentencepiece import SentencePieceTokenizer
 from gpt1_jax.text.tokenizer import read_tokenizer
 from gpt1_jax.training import loop
 from gpt1_jax.training.checkpoint import Checkpoints
+from gpt1_jax.training.hosts import Hosts
+from gpt1_jax.training.interrupt import Interruption
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.metrics import METRICS
 
@@ -40,6 +41,7 @@ class Runner:
         self.yaml, self.runs_dir, self.corpus = yaml, runs_dir, corpus
         self.tokenizer = read_tokenizer(corpus.tokenizer_file)
         self.run_dir = runs_dir / "run"
+        self.hosts = Hosts()
 
     def config(self, *overrides: str) -> Config:
         return parse_config(f"name: run\nruns_dir: {self.runs_dir}\n{self.yaml}", "c", [*QUICK, *overrides])
@@ -48,7 +50,9 @@ class Runner:
         config = self.config(*overrides)
         arguments = {"corpus": self.corpus, "tokenizer": self.tokenizer} | other
         evaluate = evaluate or (lambda params: {"validation_loss": 1.0})
-        loop.train(config, mesh=make_mesh(config.mesh), evaluate=evaluate, **arguments)
+        with Interruption() as interruption, Hosts(interruption=interruption) as hosts:
+            self.hosts = hosts
+            loop.train(config, mesh=make_mesh(config.mesh), evaluate=evaluate, hosts=hosts, **arguments)
 
     def interrupt(self, step: int, *overrides: str) -> None:
         """Trains to a step, where a signal arrives."""
@@ -127,29 +131,10 @@ def test_metrics_are_read_when_two_later_steps_are_under_way(runner, wrap_step, 
     assert [record["step"] for record in runner.records() if "loss" in record] == list(range(1, 13))
 
 
-def test_divergence_stops_the_run_before_it_is_saved(runner, wrap_step):
-    def poisoned(step_fn: Callable, state: Any, batch: jax.Array) -> tuple:
-        with jax.transfer_guard("allow"):
-            sixth = int(state.step) == 5
-        state, metrics = step_fn(state, batch)
-        if sixth:
-            with jax.transfer_guard("allow"):
-                state.params["embedding"]["token_kernel"] *= jnp.nan
-        return state, metrics
-
-    wrap_step(poisoned)
-    with pytest.raises(DivergedError) as error:
-        runner.train("checkpoint.every=4")
-    assert "step 7: loss nan" in str(error.value)
-    assert f"the last sound checkpoint is {runner.run_dir}/checkpoints/4" in str(error.value)
-    assert runner.saved() == [4]
-    assert [record["step"] for record in runner.records()] == list(range(1, 7))
-
-
 def test_an_absurd_learning_rate_diverges_and_is_named(runner):
     with pytest.raises(DivergedError, match=r"step \d+: loss nan.*lower optimizer.learning_rate=1e\+30") as error:
         runner.train("optimizer.learning_rate=1e30")
-    assert "no checkpoint yet" in str(error.value)
+    assert "no sound checkpoint yet" in str(error.value)
     assert runner.saved() == []
 
 
@@ -158,6 +143,8 @@ def test_another_configuration_is_refused_by_its_keys(runner):
     with pytest.raises(UserError) as error:
         runner.train("seed=7", "optimizer.learning_rate=0.5", "train.log_every=3", "evaluation.every=5")
     message = str(error.value)
+    with pytest.raises(UserError, match=r"  model\.attention_dropout: "):  # and model.attention is free
+        runner.train("model.attention_dropout=0.25")
     assert "  seed: 0 there, 7 now\n" in message
     assert "  optimizer.learning_rate: 0.01 there, 0.5 now\n" in message
     assert "log_every" not in message and "evaluation" not in message
@@ -173,8 +160,10 @@ def test_another_tokenizer_or_corpus_is_refused(runner):
         def to_bytes(self) -> bytes:
             return super().to_bytes() + b"\0"
 
+    before = (runner.run_dir / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="its tokenizer is not the one"):
-        runner.train(tokenizer=Other(runner.corpus.tokenizer_file.read_bytes()))
+        runner.train("train.log_every=3", tokenizer=Other(runner.corpus.tokenizer_file.read_bytes()))
+    assert (runner.run_dir / "config.yaml").read_bytes() == before
     other = copy.copy(runner.corpus)
     other.manifest = runner.corpus.manifest.model_copy(update={"fingerprint": "0" * 16})
     with pytest.raises(UserError, match=f"fingerprint {runner.corpus.manifest.fingerprint}, this one has {'0' * 16}"):
@@ -220,6 +209,25 @@ def test_the_checkpoints_kept(runner, overrides, left):
     assert runner.saved() == left
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(runner, capsys):
+    def figures() -> list[tuple]:
+        return [
+            (record["step"], record["loss"], record["grad_norm"]) for record in runner.records() if "loss" in record
+        ]
+
+    runner.train("checkpoint.every=4")
+    before, newest = figures(), runner.run_dir / "checkpoints" / "12"
+    path = max(newest.glob("training/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    runner.train("checkpoint.every=4")
+    assert f"{path.relative_to(newest)} has SHA-256" in capsys.readouterr().err
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["12", "4", "8", "damaged-12"]
+    assert figures() == before
+    with Checkpoints(runner.run_dir) as checkpoints:
+        assert checkpoints.newest_sound() == 12
+
+
 def test_evaluation_is_called_on_its_steps_and_after_the_last(runner):
     seen = []
 
@@ -235,6 +243,29 @@ def test_evaluation_is_called_on_its_steps_and_after_the_last(runner):
     ]
     assert len(set(seen)) == 3  # the weights of then
     assert all("loss" in record for record in runner.records() if "validation_loss" not in record)
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_an_evaluation_that_a_signal_ends_is_made_up_for(runner, step):
+    asked = []
+
+    def evaluate(params: dict) -> dict[str, float]:
+        asked.append(float(np.asarray(params["embedding"]["token_kernel"]).sum()))
+        runner.hosts.between("evaluating", 60.0)
+        if len(asked) == 1 + step // 12 * 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        runner.hosts.between("evaluating", 60.0)
+        return {"validation_loss": asked[-1]}
+
+    with pytest.raises(Interrupted, match=f"SIGINT: stopped after step {step};"):
+        runner.train("evaluation.every=5", evaluate=evaluate)
+    assert runner.saved() == [step]
+    assert step not in [record["step"] for record in runner.records() if "validation_loss" in record]
+    runner.train("evaluation.every=5", evaluate=evaluate)
+    figures = [(r["step"], r["validation_loss"]) for r in runner.records() if "validation_loss" in r]
+    assert [step for step, _ in figures] == [5, 10, 12] and len(asked) == 4  # one of them twice, with the same weights
+    assert len(set(asked)) == 3 and [loss for _, loss in figures] == list(dict.fromkeys(asked))
+    assert [record["step"] for record in runner.records() if "loss" in record] == list(range(1, 13))
 
 
 def test_the_first_the_last_and_every_nth_step_are_logged(runner):

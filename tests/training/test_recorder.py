@@ -17,7 +17,7 @@ from gpt1_jax.training.progress import Progress, duration
 from gpt1_jax.training.recorder import Recorder
 
 YAML = """
-train: {steps: 100, batch_size: 4, log_every: 2}
+train: {steps: 100, batch_size: 4, log_every: 2, max_skipped_steps: 2}
 model: {context_length: 8, dtype: float32}
 evaluation: {sample_tokens: 2}
 optimizer: {warmup_steps: 0}
@@ -48,7 +48,9 @@ def config(tmp_path: Path) -> Config:
 
 
 def metrics(loss: float, norm: float = 1.0) -> dict:
-    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "learning_rate": jnp.float32(0.5)}
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    figures = {"loss": loss, "grad_norm": norm, "learning_rate": 0.5}
+    return {**{name: jnp.float32(value) for name, value in figures.items()}, "skipped": jnp.bool_(skipped)}
 
 
 def lengths(config: Config) -> tuple:
@@ -87,15 +89,26 @@ def test_figures_by_hand(config, clock, capsys):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("inf"))])
-def test_what_is_not_finite_is_an_error_even_where_it_is_not_logged(config, loss, norm):
+def test_skipped_steps_are_all_logged_and_so_many_in_a_row_are_an_error(config, loss, norm, capsys):
     with MetricsLog(config, 0) as log, Progress(config, 0) as progress:
         recorder = Recorder(config, 0, 0, log, progress, *lengths(config))
-        recorder.add(1, metrics(3.0))
-        recorder.add(2, metrics(3.0))
-        recorder.add(3, metrics(loss, norm))
-        with pytest.raises(DivergedError, match=f"step 3: loss {loss}, gradient norm {norm}"):
+        for step, figures in enumerate([(3.0,), (loss, norm), (3.0,), (3.0,), (loss, norm), (loss, norm)], start=1):
+            recorder.add(step, metrics(*figures))
+        with pytest.raises(DivergedError, match=rf"step 6: loss {loss}, gradient norm {norm}: .* 2 step.s. in a row"):
             recorder.drain()
-    assert [record["step"] for record in records(config)] == [1, 2]
+    assert [(record["step"], record.get("skipped"), "loss" in record) for record in records(config)] == [
+        *[(1, None, True), (2, 1, False), (4, None, True), (5, 1, False), (6, 2, False)]
+    ]
+    assert records(config)[1] == {"step": 2, "tokens": 64, "skipped": 1}
+    assert f"step 5: loss {loss}, gradient norm {norm}: skipped, 1 in a row\n" in capsys.readouterr().err
+
+
+def test_a_row_of_skipped_steps_goes_on_where_the_run_does(config):
+    with MetricsLog(config, 7) as log, Progress(config, 7) as progress:
+        recorder = Recorder(config, 7, 28, log, progress, *lengths(config), skipped=1)
+        recorder.add(8, metrics(math.nan))
+        with pytest.raises(DivergedError, match=r"step 8: .* 2 step.s. in a row"):
+            recorder.drain()
 
 
 @pytest.mark.parametrize(("finetuned", "key"), [(False, "warmup_steps"), (True, "warmup_fraction")])
@@ -106,6 +119,7 @@ def test_the_advice_on_divergence_names_a_key_of_the_command(config, finetuned, 
     with MetricsLog(config, 0) as log, Progress(config, 0) as progress:
         recorder = Recorder(config, 0, 0, log, progress, *lengths(config))
         recorder.add(1, metrics(math.nan))
+        recorder.add(2, metrics(math.nan))
         with pytest.raises(DivergedError, match=rf"or raise optimizer\.{key}$"):
             recorder.drain()
 
