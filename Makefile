@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-plan check bench clean
+.PHONY: help setup train test test-plan test-faults check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## make .venv with the pinned run-time dependencies
 
@@ -16,10 +16,13 @@ train: .venv/.installed ## prepare the embedded corpus, train a small GPT-1 on i
 	@$(BIN)/gpt1 train $(CONFIG)
 
 test: .venv/.installed-test ## run the tests
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile -m 'not full_size'
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile -m 'not full_size and not fault'
 
 test-plan: .venv/.installed-test ## plan the paper's model on 16 TPU chips, and hold the plan to its bounds
 	@$(BIN)/python -m pytest -m full_size
+
+test-faults: .venv/.installed-test ## kill, damage, fill and starve runs for real, and print what held
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist worksteal -m fault tests/faults
 
 check: .venv/.installed-check ## lint, format, types, the direction of imports, and the files of deploy/
 	@$(BIN)/ruff check .
