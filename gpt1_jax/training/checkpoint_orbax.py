@@ -28,6 +28,8 @@ from gpt1_jax.training.checkpoint_folder import CheckpointFolder
 from gpt1_jax.training.checkpoint_manifest import ArrayKind, CheckpointManifest, files_in, sums_of, write_manifest
 
 CHAT_TEMPLATE = "chat_template.jinja"
+# Orbax takes the time of a save by the wall clock, which may be set while it lasts; deadlines.save goes by another one.
+_SAVE_SECONDS = 100 * 365 * 24 * 3600
 # Items of a checkpoint, by the names of their folders: trees of arrays, or what says how to restore them.
 Trees = Mapping[str, Any]
 
@@ -152,7 +154,7 @@ class Saver(ocp.AsyncCheckpointer):
     """Saves beside the training, one checkpoint after the other."""
 
     def __init__(self, folder: CheckpointFolder, committed: Callable[[], None]):
-        super().__init__(ocp.CompositeCheckpointHandler())
+        super().__init__(ocp.CompositeCheckpointHandler(), timeout_secs=_SAVE_SECONDS)
         self._folder, self._committed = folder, committed
 
     def start(self, step: int, trees: Trees, files: RunFiles) -> None:

@@ -20,14 +20,16 @@ STEPS, EVERY = 60, 20  # of the runs here until their disk is full
 LEFT = 100_000  # bytes that a full disk still has: enough for the metrics, too few for a checkpoint
 SIZE = 16_000_000  # bytes of a small disk
 
-# Steps that take long enough to tell the one after a failed save from the next save.
-SLOW = """
-import time
+# Steps that take long enough to tell the one after a failed save from the next save; those behind the second the more.
+SLOW = f"""
+import itertools, time
 from gpt1_jax.cli import main
 from gpt1_jax.data.loader import Batches
 
+calls = itertools.count()
+
 def slow(batches, following=Batches.__next__):
-    time.sleep(0.1)
+    time.sleep(0.1 if next(calls) < {2 * EVERY} else 0.5)
     return following(batches)
 
 Batches.__next__ = slow

@@ -52,7 +52,7 @@ def check_stacks(folder: Path, process: int, stuck: str) -> None:
     for each in (0, 1):
         file = folder / RUN / f"stalled-{each}.txt"
         stacks = file.read_text()
-        assert " in learn\n" in stacks and (each != process or stuck in stacks), stacks
+        assert " in main\n" in stacks and (each != process or stuck in stacks), stacks
         file.unlink()
 
 
