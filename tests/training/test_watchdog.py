@@ -1,5 +1,6 @@
 """The watchdog: what ends a process that makes no progress, wherever it is stuck, and what it leaves."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_it_ends_with_its_stacks_written(tmp_path, work):
     assert said.startswith(f"gpt1: {why}; the stacks of its threads are in {file}; run the same command again")
     head, _, stacks = file.read_text().partition("\n\n")
     assert head.endswith(f": {why}")
-    assert "waits_for_ever" in stacks and 'File "<string>", line 13 in <module>' in stacks
+    # Of all threads; one that was stopped may have gone on for a moment.
+    assert "waits_for_ever" in stacks and re.search(r'File "<string>", line 1[13] in <module>', stacks)
 
 
 def test_progress_in_time_is_let_be(tmp_path):
