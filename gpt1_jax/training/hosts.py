@@ -371,11 +371,14 @@ class Line:
     def _end_stalled(self, why: str) -> None:
         """Ends this process as a passed deadline does, with its stacks written."""
         self._left.set()
+        self.exit_code = StalledError.exit_code  # also where the end of another one frees the main thread
+        if self._watchdog and self._hub:
+            # JAX's service ends with this process, and JAX then aborts who is stuck before its stacks are written.
+            self._watchdog.dump(why)
+            self._watchdog.end(why, _LAST_SECONDS)
+            self._hub.wait_for_others(_LAST_SECONDS)
+            os._exit(self.exit_code)
         if self._watchdog:
-            if self._hub:
-                # JAX's service ends with this process, and JAX then aborts who is stuck before its stacks are written.
-                self._watchdog.end(why, _LAST_SECONDS)
-                self._hub.wait_for_others(_LAST_SECONDS)
             self._watchdog.end(why)
 
     def _report(self, watchdog: Watchdog) -> None:

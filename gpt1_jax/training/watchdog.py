@@ -41,7 +41,7 @@ class Watchdog:
 
     def __init__(self, stacks: str, grace: float = 0.0):
         self.turns, self.doing = 0, "starting"
-        self._stacks, self._grace = stacks, grace
+        self._stacks, self._grace = os.path.abspath(stacks), grace
         self._seconds, self._deadline = math.inf, math.inf
 
     def expect(self, doing: str, seconds: float) -> None:
@@ -65,6 +65,13 @@ class Watchdog:
         """Seconds since the deadline; negative before."""
         return time.monotonic() - self._deadline
 
+    def dump(self, why: str) -> None:
+        """Writes the stacks from here, where Python still runs: so no thread of it is in the middle of something."""
+        watcher.tell(why, self._stacks)
+        watcher.write(self._stacks, why, b"")
+        with open(self._stacks, "ab") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
     def end(self, why: str, seconds: float = 0.0) -> None:
         """Has this process end now, or in so many seconds, with its stacks written."""
         self._write(time.monotonic() + seconds, why)
@@ -82,7 +89,7 @@ class Watchdog:
             file.truncate(_SIZE)
             self._memory = mmap.mmap(file.fileno(), _SIZE)
             self._write(math.inf, "")
-            command = [sys.executable, "-I", "-S", watcher.__file__, str(file.fileno()), os.path.abspath(self._stacks)]
+            command = [sys.executable, "-I", "-S", watcher.__file__, str(file.fileno()), self._stacks]
             self._watcher = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[file.fileno()], bufsize=0
             )

@@ -38,13 +38,25 @@ def main(memory: mmap.mmap, path: str) -> None:
             return
 
 
-def _end(watched: int, why: str, path: str) -> None:
+def tell(why: str, path: str) -> None:
+    """Says why the watched process is ended."""
     print(
         f"gpt1: {why}; the stacks of its threads are in {path}; run the same command again to go on from the newest "
         "checkpoint",
         file=sys.stderr,
         flush=True,
     )
+
+
+def write(path: str, why: str, stacks: bytes) -> None:
+    """Writes the file of stacks."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}: {why}\n\n".encode() + stacks)
+
+
+def _end(watched: int, why: str, path: str) -> None:
+    tell(why, path)
     if os.getppid() != watched:
         return
     os.kill(watched, signal.SIGTRAP)
@@ -57,9 +69,7 @@ def _end(watched: int, why: str, path: str) -> None:
         stacks += part
     else:
         os.kill(watched, signal.SIGKILL)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}: {why}\n\n".encode() + stacks)
+    write(path, why, stacks)
 
 
 if __name__ == "__main__":

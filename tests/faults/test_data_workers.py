@@ -79,7 +79,8 @@ def prepared(make_sources: Callable[[], Path]) -> dict[str, str]:
 
 
 def workers_of(process: int) -> list[psutil.Process]:
-    return [each for each in psutil.Process(process).children() if "--multiprocessing-fork" in each.cmdline()]
+    children = [each for each in psutil.Process(process).children() if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in children if "--multiprocessing-fork" in each.cmdline()]
 
 
 @pytest.mark.fault(ROW)
