@@ -377,8 +377,8 @@ class Line:
             self._watchdog.dump(why)
             self._watchdog.end(why, _LAST_SECONDS)
             self._hub.wait_for_others(_LAST_SECONDS)
-            os._exit(self.exit_code)
-        if self._watchdog:
+            self._watchdog.leave()
+        elif self._watchdog:
             self._watchdog.end(why)
 
     def _report(self, watchdog: Watchdog) -> None:

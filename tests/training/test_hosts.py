@@ -307,8 +307,13 @@ class Dog:
         return self.seconds_late
 
     def end(self, why: str, seconds: float = 0.0) -> None:
-        if not seconds:
-            self.ended = why
+        self.ended = why
+
+    def dump(self, why: str) -> None:
+        assert self.ended is None  # first of all
+
+    def leave(self) -> None:
+        assert self.ended
 
 
 @pytest.mark.parametrize(
