@@ -62,6 +62,8 @@ class Pool(AbstractContextManager["Pool"]):
         if not self._executor:
             # Spawned, not forked: a fork would copy the locks of JAX's and other libraries' threads.
             self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _start_worker)
+        # None of them is cancelled here, should this end early: the executor's thread fails where it marks a cancelled
+        # one as broken (python/cpython#107219), and whoever leaves then waits for ever. It cancels them itself at the end.
         pending: deque[Future[Result]] = deque()
         try:
             for item in itertools.chain(first, items):
@@ -75,9 +77,6 @@ class Pool(AbstractContextManager["Pool"]):
                 "a worker process was killed, perhaps for want of memory; run the same command again: it goes on from "
                 "what is done (data.workers=1 needs the least memory)"
             ) from None
-        finally:
-            for future in pending:
-                future.cancel()
 
     def _result(self, future: Future[Result]) -> Result:
         try:

@@ -133,6 +133,20 @@ def test_a_worker_that_is_killed_while_it_answers(row: Row):
 
 
 @pytest.mark.fault(ROW)
+def test_workers_that_stop_while_more_is_on_its_way_to_them(row: Row):
+    """More than a pipe holds: whoever sends it must not wait for ever, nor whoever waits for the sender."""
+    for _ in range(3):
+        with pytest.raises(StalledError), Pool(2, seconds=15) as pool:
+            answers = pool.map(len, (bytes(60_000) for _ in range(1000)))
+            next(answers)
+            for worker in workers_of(os.getpid()):
+                worker.send_signal(signal.SIGSTOP)
+            list(answers)
+        assert not workers_of(os.getpid())
+        row.tried()
+
+
+@pytest.mark.fault(ROW)
 def test_a_worker_with_nothing_to_do(row: Row):
     """One that is stopped is not waited for at the end."""
     with Pool(2, seconds=SECONDS) as pool:
