@@ -115,8 +115,7 @@ def parse(kind: type[AnyConfig], text: str, source: str, overrides: Sequence[str
     else:
         if not problems:
             return config
-    left = len(problems) - _MOST_PROBLEMS
-    raise UserError("\n".join(problems[:_MOST_PROBLEMS] + [f"and {left:,} more"] * (left > 0)))
+    raise UserError("\n".join(problems[:_MOST_PROBLEMS] + ["and more"] * (len(problems) > _MOST_PROBLEMS)))
 
 
 def _nearest_file(path: epath.Path) -> str:

@@ -63,7 +63,7 @@ class Pool(AbstractContextManager["Pool"]):
             # Spawned, not forked: a fork would copy the locks of JAX's and other libraries' threads.
             self._executor = ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"), _start_worker)
         # None of them is cancelled here, should this end early: the executor's thread fails where it marks a cancelled
-        # one as broken (python/cpython#107219), and whoever leaves then waits for ever. It cancels them itself at the end.
+        # one as broken (python/cpython#107219), and whoever leaves then waits for ever. It cancels them by itself.
         pending: deque[Future[Result]] = deque()
         try:
             for item in itertools.chain(first, items):

@@ -80,6 +80,12 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         raise
 
 
+def write_changed(path: epath.Path, content: bytes) -> None:
+    """Writes a file, as :func:`write_atomically`, unless it has that content already."""
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
 def create_file(path: AnyPath, content: bytes) -> bool:
     """Writes a file that is not there yet; of several who do so at once, one succeeds.
 

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig
 from gpt1_jax.data.corpus import find_corpus
-from gpt1_jax.data.storage import write_atomically
+from gpt1_jax.data.storage import write_atomically, write_changed
 from gpt1_jax.errors import UserError
 from gpt1_jax.evaluation.figures import ArrayTokens, read_texts
 from gpt1_jax.evaluation.metrics import check_installed
@@ -127,7 +126,7 @@ def finetune(
         results = [read_results(run.run_dir) if run in done else _run(job, run) for run in configs]
         if len(results) > 1 and hosts.process == 0:
             summary = {"task": config.name, "runs": results, "summary": summarize(results)}
-            _write_changed(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
+            write_changed(config.run_dir / RESULTS, json.dumps(summary, indent=1).encode() + b"\n")
     return results
 
 
@@ -172,11 +171,6 @@ def _open_base(config: FinetuneConfig, hosts: Hosts) -> tuple[Run, Mesh]:
     check_installed(config.task.metrics)
     mesh = make_mesh(config.mesh)
     return open_run(config.base, mesh, config.base_step, hosts), mesh
-
-
-def _write_changed(path: epath.Path, content: bytes) -> None:
-    if not path.exists() or path.read_bytes() != content:
-        write_atomically(path, content)
 
 
 def _counts(splits: Mapping[str, Split]) -> list[str]:

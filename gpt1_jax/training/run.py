@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gpt1_jax.config import Config, FinetuneConfig, MeshConfig, differences
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically
+from gpt1_jax.data.storage import AnyPath, make_folder, write_atomically, write_changed
 from gpt1_jax.errors import DamagedError, UserError
 from gpt1_jax.model.sharding import tree_shardings
 from gpt1_jax.model.transformer import Params, abstract_params, parameter_axes
@@ -268,10 +268,8 @@ def _appears(path: epath.Path) -> bool:
 
 def write_config(config: Config) -> None:
     """Writes the resolved configuration into the run's folder, in the place of another that is there."""
-    path, content = config.run_dir / CONFIG, config.to_yaml().encode()
-    if not path.exists() or path.read_bytes() != content:
-        make_folder(config.run_dir)
-        write_atomically(path, content)
+    make_folder(config.run_dir)
+    write_changed(config.run_dir / CONFIG, config.to_yaml().encode())
 
 
 def _config_in(files: RunFiles, checkpoint: epath.Path) -> Config:

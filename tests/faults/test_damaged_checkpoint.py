@@ -19,25 +19,12 @@ from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.optimizer import make_optimizer
 from gpt1_jax.training.state import TrainState, abstract_state
 from tests.faults.conftest import Row
+from tests.faults.damage import Damage, flip, spoil
 from tests.running import RUN, Running, check_same
 
 NEWEST, BEFORE, OLD = 60, 56, 40  # steps of the uninterrupted run's checkpoints
 FLIPS, LEAST = 500, 5  # of all files, and of each
 BLOCK = 4096
-
-# From the content of a file to what has become of it; None: it is deleted.
-Damage = Callable[[bytes], bytes | None]
-
-
-def flip(bit: int) -> Damage:
-    """Flips a bit, counted over the whole file."""
-
-    def flipped(content: bytes) -> bytes:
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        return bytes(changed)
-
-    return flipped
 
 
 def cut(share: float) -> Damage:
@@ -54,17 +41,6 @@ def zero(share: float) -> Damage:
         return content[:begin] + bytes(len(block)) + content[begin + len(block) :]
 
     return zeroed
-
-
-def spoil(path: Path, damage: Damage) -> bool:
-    """Damages a file; False if that leaves it as it was, as with zeroes where there were zeroes."""
-    content = path.read_bytes()
-    damaged = damage(content)
-    if damaged is None:
-        path.unlink()
-    else:
-        path.write_bytes(damaged)
-    return damaged != content
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from gpt1_jax.data.windows import RandomWindows
 from gpt1_jax.errors import DamagedError
 from tests.conftest import MODEL_YAML
 from tests.faults.conftest import Row
+from tests.faults.damage import Damage, flip, spoil
 from tests.running import Running, check_same, last_step
 
 FLIPS = 70
@@ -43,25 +43,24 @@ def read(config: Config) -> list[bytes]:
     return found
 
 
-def damages(ours: Path, foreign: Path, seed: random.Random) -> list[tuple[str, Callable[[bytes], bytes | None]]]:
-    """Names of files, each with what becomes of its content; None: it is missing."""
+def damages(ours: Path, foreign: Path, seed: random.Random) -> list[tuple[str, Damage]]:
+    """Names of files, each with what becomes of it."""
     files = {str(path.relative_to(ours)): path.read_bytes() for path in sorted(ours.rglob("*")) if path.is_file()}
 
-    def flip(size: int) -> Callable[[bytes], bytes]:
-        place, bit = seed.randrange(size), 1 << seed.randrange(8)
-        return lambda content: content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+    def flip_one(content: bytes) -> Damage:
+        return flip(seed.randrange(8 * len(content)))
 
-    found: list[tuple[str, Callable[[bytes], bytes | None]]] = []
+    found: list[tuple[str, Damage]] = []
     for name, content in files.items():
         found.append((name, lambda content: content[: seed.randrange(len(content))]))
         found.append((name, lambda content: None))
-        found.append((name, flip(len(content))))
+        found.append((name, flip_one(content)))
         other = (foreign / name).read_bytes() if (foreign / name).exists() else content
         if other != content:
             as_long = (other * (len(content) // len(other) + 1))[: len(content)]
             found += [(name, lambda content, other=other: other) for other in (other, as_long)]
     names = seed.choices(list(files), [len(content) for content in files.values()], k=FLIPS)
-    return found + [(name, flip(len(files[name]))) for name in names]
+    return found + [(name, flip_one(files[name])) for name in names]
 
 
 @pytest.mark.fault("damaged shard")
@@ -71,12 +70,8 @@ def test_no_damage_is_silent(configs, row: Row):
     for name, damage in damages(ours, foreign, random.Random(0)):
         path = ours / name
         content = path.read_bytes()
-        damaged = damage(content)
-        if damaged is None:
-            path.unlink()
-        else:
-            path.write_bytes(damaged)
-        if name == MANIFEST and damaged is None:  # the preparation did not come to its end, and is made again
+        spoil(path, damage)
+        if name == MANIFEST and not path.exists():  # the preparation did not come to its end, and is made again
             assert read(configs[0]) == expected
         else:
             with pytest.raises(DamagedError) as refused:
@@ -97,9 +92,7 @@ def test_train_names_it_and_goes_on_when_it_is_made_again(uninterrupted, make_fo
     (documents,) = (path for path in corpus.rglob("*validation*") if "array_record" in path.name)
     # Tokens are read from the first step on, the text of the documents when the run is trained.
     for path, steps in ((corpus / "train-00-00000.tokens", 0), (documents, 60)):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 4
-        path.write_bytes(content)
+        spoil(path, flip(path.stat().st_size // 2 * 8))
         ((code, out, err),) = Running(folder, root).finish()
         assert (code, out) == (DamagedError.exit_code, ""), err
         assert f"gpt1: {path}: this file of the corpus has SHA-256 " in err
