@@ -145,6 +145,12 @@ def last_step(folder: Path) -> int:
     return found[-1]["step"] if found else 0
 
 
+def after(seconds: float) -> Callable[[], bool]:
+    """The moment so many seconds from now."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
 def is_logged(folder: Path, step: int) -> Callable[[], bool]:
     """The moment at which a step is logged."""
     return lambda: last_step(folder) >= step

@@ -54,6 +54,11 @@ class Hosts:
     An error that leaves it ends all processes, each with the exit code of the error. It is also the only process of a
     run, if it is given no line to others.
 
+    Args:
+        line: to the others.
+        watchdog: entered and left with it.
+        interruption: tells it of signals, from now on.
+
     Attributes:
         process: the number of this process.
         processes: how many there are.
@@ -68,6 +73,8 @@ class Hosts:
         self.process, self.processes = (line.process, line.processes) if line else (0, 1)
         self._line, self._watchdog, self._interruption = line, watchdog, interruption
         self._training = False
+        if interruption:
+            interruption.tell(self)
 
     def gather(self, value: _T) -> list[_T]:
         """What every process gives, JSON, in their order; all must call it."""
@@ -142,10 +149,6 @@ class Hosts:
             self._watchdog.__enter__()
             if self._line:
                 self._line.watch(self._watchdog)
-        if self._interruption:
-            if self._line:
-                self._line.on_leave = self._interruption.leave
-            self._interruption.tell(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -179,15 +182,17 @@ def join(config: Config | FinetuneConfig, say: Callable[[str], None], interrupti
     _results_alone_on_stdout()
     hub = Hub(listen(place), place, hello, timeout, say) if place.process == 0 else None
     try:
-        line = Line(place, hello, timeout, say, hub)
+        line = Line(place, hello, timeout, say, hub, interruption.leave)
     except GPT1Error:
         if hub:
             hub.close()
         raise
     # Behind whatever is registered later, and before what JAX has registered when it was imported.
     atexit.register(line.exit_if_failed)
+    # Made before JAX is connected, so that from now on a signal to one host has all of them stop.
+    hosts = Hosts(line, Watchdog(_stacks(config, place.process), _BLAME_SECONDS), interruption)
     _initialize_jax(place, line, timeout)
-    return Hosts(line, Watchdog(_stacks(config, place.process), _BLAME_SECONDS), interruption)
+    return hosts
 
 
 def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
@@ -216,16 +221,31 @@ def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
 class Line:
     """The connection of a process to process 0.
 
+    Args:
+        place: of this process.
+        hello: what it says of itself.
+        timeout: seconds to wait for the others.
+        say: prints a line.
+        hub: the other end, in process 0.
+        on_leave: what has this process leave at once, given why.
+
     Attributes:
         process: the number of this process.
         processes: how many there are.
         port: of process 0 that is JAX's.
         stopping: why all were asked to stop.
-        on_leave: what has this process leave at once, given why.
         exit_code: what the process ends with, if an error ended its work with the others.
     """
 
-    def __init__(self, place: Place, hello: Hello, timeout: float, say: Callable[[str], None], hub: Hub | None):
+    def __init__(
+        self,
+        place: Place,
+        hello: Hello,
+        timeout: float,
+        say: Callable[[str], None],
+        hub: Hub | None,
+        on_leave: Callable[[str], None],
+    ):
         self.process, self.processes = place.process, place.processes
         self._hub = hub
         self._connection, self._lines, begin = _meet(place, hello, timeout, say)
@@ -242,7 +262,7 @@ class Line:
         self._held = False  # between being asked how far this process is, and knowing where to stop
         self._left = threading.Event()
         self._watchdog: Watchdog | None = None
-        self.on_leave: Callable[[str], None] = lambda reason: None
+        self._on_leave = on_leave
         self.exit_code: int | None = None
         threading.Thread(target=self._listen, name="gpt1-line", daemon=True).start()
 
@@ -366,7 +386,7 @@ class Line:
         self._left.set()
         self.exit_code = Interrupted.exit_code
         self.send(leave=True)
-        self.on_leave(self.stopping)
+        self._on_leave(self.stopping)
 
     def _end_stalled(self, why: str) -> None:
         """Ends this process as a passed deadline does, with its stacks written."""

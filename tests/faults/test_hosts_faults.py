@@ -1,5 +1,6 @@
-"""One of two hosts is killed, stopped or stuck: both end, nothing is left behind, and the run goes on with its bits."""
+"""One of two hosts is killed, told to stop, stopped or stuck: both end, and the run goes on with its bits."""
 
+import random
 import re
 import signal
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from gpt1_jax.errors import StalledError
 from tests.faults.conftest import Row
-from tests.running import RUN, Running, check_nothing_left, check_same, is_logged, last_step
+from tests.running import RUN, Running, after, check_nothing_left, check_same, is_logged, last_step
 
 # Seconds: the deadline, twelve until all have ended, and fifteen for one that has to be killed; with room for others.
 DEADLINES = [f"deadlines.{key}=20" for key in ("step", "save", "evaluation")]
@@ -72,6 +73,25 @@ def test_one_is_killed(two, make_folder, row: Row):
         other = ended[1 - process]
         assert (ended[process].code, other.code) == (-signal.SIGKILL, StalledError.exit_code), ended
         assert re.search(rf"gpt1: host {process} \(.*\) has gone: its process has ended", other.err)
+        check_nothing_left(folder)
+        row.tried()
+    go_on(folder, two)
+
+
+@pytest.mark.fault("SIGTERM at random moments")
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
+def test_told_to_stop(told, two, make_folder, row: Row):
+    """One of them or both, in start-up and while they train: both stop, behind the same step or with nothing done."""
+    folder, draw = make_folder("told"), random.Random(sum(told))
+    for _ in range(3):
+        running = Running(folder, processes=2).wait((folder / RUN / "lock.json").exists)
+        ended = running.send(signal.SIGTERM, after(draw.uniform(0, 6)), *told).finish(MOST)
+        assert [code for code, _, _ in ended] == [75, 75], ended
+        stops = {
+            re.search(r"gpt1: SIGTERM on host \d .*: (stopped after step \d+|.*nothing to save)", e.err)[1]
+            for e in ended
+        }
+        assert len(stops) == 1, ended
         check_nothing_left(folder)
         row.tried()
     go_on(folder, two)

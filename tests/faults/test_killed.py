@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Row
-from tests.running import RUN, Running, check_same, is_logged, is_there, last_step
+from tests.running import RUN, Running, after, check_same, is_logged, is_there, last_step
 
 STEPS, EVERY = 60, 4  # of the configuration
 
@@ -18,11 +18,6 @@ STEPS, EVERY = 60, 4  # of the configuration
 def complete(folder: Path) -> list[int]:
     """Steps of the checkpoints that are not being written or deleted, 0 for none before them."""
     return [0, *sorted(int(path.name) for path in (folder / RUN / "checkpoints").glob("[0-9]*"))]
-
-
-def after(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
 
 
 def signalled(running: Running, number: signal.Signals, moment: Callable[[], object]) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pydantic
@@ -124,13 +125,14 @@ class Job:
         self.port = free_port()
         self.coordinator = f"{host}:{self.port}"
         self.said: list[str] = []
+        self.left: dict[int, str] = {}  # why a process is to leave at once
 
     def join(self, process: int, differing: dict[str, object] | None = None) -> Hosts:
         place = Place(self.coordinator, self.processes, process, names={1: "known-1"})
         hello = {"process": process, "processes": self.processes, "host": f"name-{process}", "settings": {"jax": "1"}}
         said = Hello.model_validate(hello | (differing or {}))
         hub = Hub(listen(place), place, said, self.timeout, self.said.append) if process == 0 else None
-        return Hosts(Line(place, said, self.timeout, lambda line: None, hub))
+        return Hosts(Line(place, said, self.timeout, lambda line: None, hub, partial(self.left.__setitem__, process)))
 
     def each(self, work: Callable[[Hosts], object], differing: dict[str, object] | None = None) -> list[object]:
         """What the work gives in each process, or the error that ends it there; the last says something differing."""
@@ -278,20 +280,19 @@ def test_all_stop_after_the_same_step_wherever_they_are():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_with_nothing_to_save_all_leave_at_once(trained):
-    left: dict[int, str] = {}
+    job = Job(3)
 
     def work(hosts: Hosts) -> None:
-        hosts._line.on_leave = lambda reason: left.update({hosts.process: reason})
         if trained:
             with hosts.training():
                 assert not hosts.due()
         if hosts.process == 1:
             hosts.stop("SIGTERM")
-        wait_until(lambda: hosts.process in left)
+        wait_until(lambda: hosts.process in job.left)
         assert hosts._line.exit_code == Interrupted.exit_code
 
-    assert Job(3).each(work) == [None] * 3
-    assert left == dict.fromkeys(range(3), "SIGTERM on host 1 (name-1)")
+    assert job.each(work) == [None] * 3
+    assert job.left == dict.fromkeys(range(3), "SIGTERM on host 1 (name-1)")
 
 
 @dataclass
@@ -431,6 +432,31 @@ def test_a_signal_in_start_up_ends_all_at_once(two_by_four, new_folder):
         assert code == 75, err
         assert re.search(r"gpt1: SIGTERM on host 1 \(.*\): stopped, with nothing to save; run the same command", err)
     assert records(folder) == [] and not list((folder / "runs/run/checkpoints").iterdir())
+
+
+# The command, in which process 1 gets a signal while JAX connects the two.
+CONNECTING = """
+import os, signal, time
+import jax
+from gpt1_jax.cli import main
+
+def initialize(address, processes, process, **settings):
+    if process == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    connect(address, processes, process, **settings)
+
+connect, jax.distributed.initialize = jax.distributed.initialize, initialize
+main()
+"""
+
+
+def test_a_signal_while_jax_connects_ends_all_at_once(new_folder):
+    folder = new_folder("connecting")
+    for code, _, err in Running(folder, processes=2, program=("-c", CONNECTING)).finish():
+        assert code == 75, err
+        assert re.search(r"gpt1: SIGTERM on host 1 \(.*\): stopped, with nothing to save; run the same command", err)
+    assert not (folder / "runs").exists()
 
 
 def test_cluster_lists_are_expanded():
