@@ -141,6 +141,16 @@ def put_file(local: Path, path: AnyPath) -> None:
     local.replace(path)
 
 
+def flush_folder(folder: AnyPath) -> None:
+    """Has the disk hold all of a local folder: else a machine that fails could leave empty files under a final name."""
+    for path in [Path(folder), *Path(folder).rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def make_folder(path: AnyPath) -> None:
     """Makes a folder and those above it where need be; a bucket has none, and a missing bucket is not made."""
     if not is_remote(path):

@@ -1,14 +1,13 @@
 """A folder that is there whole or not at all."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
 
-from gpt1_jax.data.storage import locked
+from gpt1_jax.data.storage import flush_folder, locked
 from gpt1_jax.errors import UserError
 from gpt1_jax.training.hosts import Hosts
 from gpt1_jax.training.lock import sole_writer
@@ -44,8 +43,7 @@ def staged(folder: Path) -> Iterator[Path]:
         hidden.mkdir()
         try:
             yield hidden
-            for path in hidden.rglob("*"):
-                _flush(path)  # or a machine that fails could leave empty files under the final name
+            flush_folder(hidden)
             check_new(folder)
             hidden.rename(folder)
         finally:
@@ -68,11 +66,3 @@ def in_bucket(folder: epath.Path, say: Callable[[str], None]) -> Iterator[epath.
         except BaseException:
             folder.rmtree(missing_ok=True)
             raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint.path import atomicity
 
 from gpt1_jax.data.manifest import FileSum
-from gpt1_jax.data.storage import AnyPath, file_system
+from gpt1_jax.data.storage import AnyPath, file_system, flush_folder, is_remote
 from gpt1_jax.training.checkpoint_folder import CheckpointFolder
 from gpt1_jax.training.checkpoint_manifest import ArrayKind, CheckpointManifest, files_in, sums_of, write_manifest
 
@@ -139,6 +139,8 @@ class _Unfinished(atomicity.AtomicRenameTemporaryPath):
             write_manifest(final, manifest)
             shutil.rmtree(written.parent)
         else:
+            if not is_remote(written):
+                flush_folder(written)
             write_manifest(written, manifest)
             if written != final:
                 written.rename(final)

@@ -255,6 +255,28 @@ def test_a_checkpoint_loses_its_name_before_anything_in_it(run, monkeypatch):
     assert names(run) == ["12", "8"]
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_a_manifest(run, monkeypatch):
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Checkpoints(run, CheckpointConfig()) as checkpoints:
+        checkpoints.save(16, state(16), FILES)
+        checkpoints.confirm(16)
+    saving = run / "checkpoints" / "saving-16"
+    (manifest,) = (path for path in flushed if MANIFEST in path)
+    before = {Path(path) for path in flushed[: flushed.index(manifest)]}
+    checkpoint = run / "checkpoints" / "16"
+    assert before >= {saving / file for file in read_manifest(checkpoint).files}
+    assert before >= {saving / path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_dir()} | {
+        saving
+    }
+
+
 def test_a_save_that_fails_is_told_of_at_once(run):
     with Checkpoints(run, CheckpointConfig()) as checkpoints:
         (run / "checkpoints" / "16").write_text("in the way of the checkpoint's name")
