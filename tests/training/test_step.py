@@ -17,7 +17,7 @@ from gpt1_jax.config_file import parse_config
 from gpt1_jax.model.sharding import batch_sharding
 from gpt1_jax.training.mesh import make_mesh
 from gpt1_jax.training.optimizer import make_optimizer
-from gpt1_jax.training.state import abstract_state, init_state
+from gpt1_jax.training.state import TrainState, abstract_state, init_state
 from gpt1_jax.training.step import compile_train_step, train_step
 
 OVERRIDES = ["train.steps=20", "train.batch_size=8", "optimizer.warmup_steps=2", "optimizer.learning_rate=1e-2"]
@@ -33,8 +33,8 @@ def tokens_of(config: Config, step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, config.model.vocab_size, shape, dtype=np.int32)
 
 
-def run(config: Config, steps: int) -> tuple[list[dict], dict]:
-    """Losses and final weights of a few steps on all the devices there are."""
+def run(config: Config, steps: int) -> tuple[list[dict], TrainState]:
+    """Losses and the final state of a few steps on all the devices there are."""
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, step_fn = init_state(config, optimizer, mesh), compile_train_step(config, optimizer, mesh)
@@ -43,7 +43,7 @@ def run(config: Config, steps: int) -> tuple[list[dict], dict]:
         batch = jax.device_put(tokens_of(config, step), batch_sharding(mesh))
         state, metrics = step_fn(state, batch)
         history.append({name: float(value) for name, value in metrics.items()})
-    return history, state.params
+    return history, state
 
 
 def test_training_learns_a_batch(tiny_model):
@@ -81,11 +81,12 @@ def test_metrics_are_those_of_the_plain_loss(tiny_model):
 
 
 def test_accumulation_gives_the_same_losses_and_weights(tiny_model):
-    whole, whole_params = run(config_of(tiny_model), 4)
-    parts, parts_params = run(config_of(tiny_model, "train.accumulation=4"), 4)
+    whole, whole_state = run(config_of(tiny_model), 4)
+    parts, parts_state = run(config_of(tiny_model, "train.accumulation=4"), 4)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), whole_params, parts_params)
+    for a, b in zip(jax.tree.leaves(whole_state.params), jax.tree.leaves(parts_state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_dropout_differs_from_step_to_step_and_from_seed_to_seed(tiny_model):
@@ -160,17 +161,17 @@ def model_of_the_meshes() -> ModelConfig:
 
 
 @cache
-def on_one_device(*overrides: str) -> tuple[list[dict], dict]:
+def on_one_device(*overrides: str) -> tuple[list[dict], TrainState]:
     return run(config_of(model_of_the_meshes(), *overrides), 20)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=" ".join)
 def test_one_device_and_eight_give_the_same_losses(on_eight_devices, mesh):
-    expected, params = on_one_device(*(override for override in mesh if override.startswith("train.")))
+    expected, state = on_one_device(*(override for override in mesh if override.startswith("train.")))
     found = on_eight_devices[" ".join(mesh)]
     for a, b in zip(expected, found["history"], strict=True):
         np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=2e-5)
-    checksum = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(params)]
+    checksum = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params)]
     np.testing.assert_allclose(found["params"], checksum, rtol=1e-4, atol=1e-4)
 
 
@@ -250,15 +251,12 @@ def main(folder: Path) -> None:
         # In a loop, which compiles sooner, and is one more reason to differ.
         results[name] = skewed_run(ModelConfig.model_validate({**model, "scan_layers": True}), *SPREAD)
     for mesh_overrides in MESHES:
-        config = config_of(model_of_the_meshes(), *mesh_overrides)
-        mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, 20)
-        state = init_state(config, optimizer, mesh)
+        history, state = run(config_of(model_of_the_meshes(), *mesh_overrides), 20)
         kernel = lambda tree: tree["blocks"]["attention"]["query"]["kernel"]  # noqa: E731
         moment = kernel(state.opt_state[1][0].mu)
-        history, params = run(config, 20)
         results[" ".join(mesh_overrides)] = {
             "history": history,
-            "params": [float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(params)],
+            "params": [float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(state.params)],
             "query": list(kernel(state.params).shape),
             "query_shard": list(kernel(state.params).addressable_shards[0].data.shape),
             "moment_shard": list(moment.addressable_shards[0].data.shape),
