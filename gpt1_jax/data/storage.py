@@ -147,6 +147,9 @@ def flush_folder(folder: AnyPath) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # which say that a file system has no such thing
+                raise
         finally:
             os.close(descriptor)
 

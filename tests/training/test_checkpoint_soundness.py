@@ -1,5 +1,6 @@
 """What of a checkpoint is damaged is found and named, and never used; the newest sound one is."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from gpt1_jax.config import CheckpointConfig
 from gpt1_jax.config_file import parse_config
-from gpt1_jax.errors import DamagedError, UserError
+from gpt1_jax.errors import DamagedError, StorageError, UserError
 from gpt1_jax.training.checkpoint import Checkpoints, RunFiles
 from gpt1_jax.training.checkpoint_folder import CheckpointFolder
 from gpt1_jax.training.checkpoint_manifest import MANIFEST, problems_in, read_manifest
@@ -256,11 +257,14 @@ def test_a_checkpoint_loses_its_name_before_anything_in_it(run, monkeypatch):
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_a_manifest(run, monkeypatch):
+    """Also on a file system that flushes files alone."""
     flushed: list[str] = []
     fsync = os.fsync
 
     def noted(descriptor: int) -> None:
         flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if os.path.isdir(flushed[-1]):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
@@ -275,6 +279,19 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_a_manifest(run, monkey
     assert before >= {saving / path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_dir()} | {
         saving
     }
+
+
+def test_a_disk_that_does_not_take_a_checkpoint_is_told_of(run, monkeypatch):
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Checkpoints(run, CheckpointConfig()) as checkpoints:
+        monkeypatch.setattr(os, "fsync", failing)
+        checkpoints.save(16, state(16), FILES)
+        with pytest.raises(StorageError, match="Input/output error"):
+            checkpoints.confirm(16)
+        monkeypatch.undo()
+        assert checkpoints.newest_sound() == 12
 
 
 def test_a_save_that_fails_is_told_of_at_once(run):
