@@ -191,7 +191,11 @@ def join(config: Config | FinetuneConfig, say: Callable[[str], None], interrupti
     atexit.register(line.exit_if_failed)
     # Made before JAX is connected, so that from now on a signal to one host has all of them stop.
     hosts = Hosts(line, Watchdog(_stacks(config, place.process), _BLAME_SECONDS), interruption)
-    _initialize_jax(place, line, timeout)
+    try:
+        _initialize_jax(place, line, timeout)
+    except BaseException as error:
+        line.leave(error)
+        raise
     return hosts
 
 
@@ -211,11 +215,9 @@ def _initialize_jax(place: Place, line: "Line", timeout: float) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except RuntimeError as error:
-        unreachable = StalledError(
+        raise StalledError(
             f"JAX's processes do not reach process 0 at {address}: {error}; allow all ports between the hosts"
-        )
-        line.leave(unreachable)
-        raise unreachable from error
+        ) from error
 
 
 class Line:
@@ -227,7 +229,7 @@ class Line:
         timeout: seconds to wait for the others.
         say: prints a line.
         hub: the other end, in process 0.
-        on_leave: what has this process leave at once, given why.
+        on_leave: what has this process leave at once, given why, and what to do before it is ended by force.
 
     Attributes:
         process: the number of this process.
@@ -244,7 +246,7 @@ class Line:
         timeout: float,
         say: Callable[[str], None],
         hub: Hub | None,
-        on_leave: Callable[[str], None],
+        on_leave: Callable[[str, Callable[[], None]], None],
     ):
         self.process, self.processes = place.process, place.processes
         self._hub = hub
@@ -306,8 +308,9 @@ class Line:
         """
         if self.exit_code is not None:  # all leave at once, and know it
             self._left.set()
-            self._close()
-            return
+            if self._hub:
+                self._close()
+            return  # of another one the connection ends with the process, so that process 0 knows when it has gone
         if error is None or isinstance(error, Interrupted):
             try:
                 self.gather(None)  # the run is on the disk when the slowest has come here
@@ -386,7 +389,8 @@ class Line:
         self._left.set()
         self.exit_code = Interrupted.exit_code
         self.send(leave=True)
-        self._on_leave(self.stopping)
+        # JAX's service ends with process 0, and JAX then aborts who is still compiling, say.
+        self._on_leave(self.stopping, self._hub.wait_for_others if self._hub else lambda: None)
 
     def _end_stalled(self, why: str) -> None:
         """Ends this process as a passed deadline does, with its stacks written."""

@@ -24,7 +24,7 @@ from gpt1_jax.training.cluster import Place
 PULSE_SECONDS = 2.0  # between two reports of a process on how far it is
 _SAY_EVERY = 10.0  # seconds between two lines on who is missing
 _HELLO_SECONDS = 10.0  # until who connects has said hello
-_LINGER_SECONDS = 10.0  # that process 0 stays for the others to leave
+_LINGER_SECONDS = 10.0  # that process 0 stays for the others to go
 _LONGEST = 2**20  # bytes of a line
 # Keys that may be another on each host; with any other one, the hosts would wait for each other in different places.
 _OF_A_HOST = ("distributed.", "logging.", "data.workers", "data.prefetch", "data.readers", "data.verify")
@@ -51,6 +51,7 @@ class _Member:
     hello: Hello
     writer: asyncio.StreamWriter
     left: bool = False  # it said that it leaves
+    gone: bool = False  # its connection has ended
     heard: float = math.inf  # when it last said how far it is
     turn: int = 0  # how often it had expected something then
     doing: str = "starting"  # what it expected
@@ -100,13 +101,13 @@ class Hub:
         self._serving.wait()
 
     def close(self) -> None:
-        """Ends the server when the others have left, so that they hear why it is over, or after some seconds."""
-        self.wait_for_others(_LINGER_SECONDS)
+        """Ends the server when the others have gone, so that they hear why it is over, or after some seconds."""
+        self.wait_for_others()
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
-    def wait_for_others(self, seconds: float) -> None:
-        """Returns when the others have left, or after so many seconds."""
+    def wait_for_others(self, seconds: float = _LINGER_SECONDS) -> None:
+        """Returns when the others have gone, or after so many seconds."""
         self._empty.wait(seconds)
 
     async def _serve(self) -> None:
@@ -230,6 +231,7 @@ class Hub:
     def _lose(self, process: int) -> None:
         """A connection has ended."""
         member = self._members[process]
+        member.gone = True
         if not self._began:
             del self._members[process]
             self._changed.set()
@@ -238,7 +240,7 @@ class Hub:
             self._end(StalledError(has_gone(process, self._name(process))))
         # Who leaves before all are there comes again; it must find process 0 waiting for it in the end.
         ending = self._began or self._over or process == 0
-        if ending and all(member.left for number, member in self._members.items() if number):
+        if ending and all(member.gone for number, member in self._members.items() if number):
             self._empty.set()
 
     def _end(self, error: GPT1Error, code: int | None = None) -> None:

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -44,12 +45,18 @@ class Interruption:
         """From now on a request is handed on; before, it is answered by :meth:`leave`."""
         self._stops = stops
 
-    def leave(self, reason: str) -> None:
-        """Has the main thread leave where it is, with :class:`Interrupted`; if it does not, the process ends."""
+    def leave(self, reason: str, last: Callable[[], None] = lambda: None) -> None:
+        """Has the main thread leave where it is, with :class:`Interrupted`; if it does not, the process ends.
+
+        Args:
+            reason: for people.
+            last: to be done before the process ends so.
+        """
         self._leaving = f"{reason}: stopped, with nothing to save; run the same command again to go on"
         until = time.monotonic() + _GRACE_SECONDS
         while not self._left.is_set():
             if time.monotonic() > until:
+                last()
                 _end(self._leaving, Interrupted.exit_code)
             # It wakes the main thread, unless that is about to wait just now.
             os.kill(os.getpid(), signal.SIGTERM)

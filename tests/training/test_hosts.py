@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pydantic
@@ -132,17 +131,22 @@ class Job:
         hello = {"process": process, "processes": self.processes, "host": f"name-{process}", "settings": {"jax": "1"}}
         said = Hello.model_validate(hello | (differing or {}))
         hub = Hub(listen(place), place, said, self.timeout, self.said.append) if process == 0 else None
-        return Hosts(Line(place, said, self.timeout, lambda line: None, hub, partial(self.left.__setitem__, process)))
+        on_leave = lambda reason, last: self.left.update({process: reason})  # noqa: E731
+        return Hosts(Line(place, said, self.timeout, lambda line: None, hub, on_leave))
 
     def each(self, work: Callable[[Hosts], object], differing: dict[str, object] | None = None) -> list[object]:
         """What the work gives in each process, or the error that ends it there; the last says something differing."""
 
         def run(process: int) -> object:
-            try:
-                with self.join(process, differing if process == self.processes - 1 else None) as hosts:
-                    return work(hosts)
-            except GPT1Error as error:
-                return error
+            with contextlib.ExitStack() as stack:
+                try:
+                    hosts = self.join(process, differing if process == self.processes - 1 else None)
+                    if process:
+                        stack.callback(hosts._line._close)  # which the end of a process does
+                    with hosts:
+                        return work(hosts)
+                except GPT1Error as error:
+                    return error
 
         with ThreadPoolExecutor(self.processes) as pool:
             return list(pool.map(run, range(self.processes)))
@@ -280,7 +284,7 @@ def test_all_stop_after_the_same_step_wherever_they_are():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_with_nothing_to_save_all_leave_at_once(trained):
-    job = Job(3)
+    job, ended = Job(3), []
 
     def work(hosts: Hosts) -> None:
         if trained:
@@ -290,9 +294,14 @@ def test_with_nothing_to_save_all_leave_at_once(trained):
             hosts.stop("SIGTERM")
         wait_until(lambda: hosts.process in job.left)
         assert hosts._line.exit_code == Interrupted.exit_code
+        if hosts.process == 0:
+            hosts._line._hub.wait_for_others()
+        time.sleep(0.3 * hosts.process)
+        ended.append(hosts.process)
 
     assert job.each(work) == [None] * 3
     assert job.left == dict.fromkeys(range(3), "SIGTERM on host 1 (name-1)")
+    assert ended == [1, 2, 0]  # JAX's service ends with process 0
 
 
 @dataclass
@@ -457,6 +466,32 @@ def test_a_signal_while_jax_connects_ends_all_at_once(new_folder):
         assert code == 75, err
         assert re.search(r"gpt1: SIGTERM on host 1 \(.*\): stopped, with nothing to save; run the same command", err)
     assert not (folder / "runs").exists()
+
+
+# The command, in which process 0 gets a signal, and no signal wakes the main thread of process 1, as in native code.
+COMPILING = """
+import os, signal, time
+import jax
+from gpt1_jax.cli import main
+
+def initialize(address, processes, process, **settings):
+    connect(address, processes, process, **settings)
+    if process == 1:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+connect, jax.distributed.initialize = jax.distributed.initialize, initialize
+main()
+"""
+
+
+def test_process_0_leaves_after_one_that_compiles(new_folder):
+    """JAX's service ends with it, and JAX would abort the other one."""
+    for code, _, err in Running(new_folder("compiling"), processes=2, program=("-c", COMPILING)).finish():
+        assert code == 75, err
+        assert re.search(r"gpt1: SIGTERM on host 0 \(.*\): stopped, with nothing to save; run the same command", err)
 
 
 def test_cluster_lists_are_expanded():
